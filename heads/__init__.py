@@ -1,0 +1,1 @@
+"""Draft heads, one file each: the file's name is the head's name."""
