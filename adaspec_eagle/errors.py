@@ -1,17 +1,34 @@
-"""The one exception for bad input, and how scripts show it."""
+"""Errors that a user can mend, and how a script reports them."""
+
+from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+NO_MEMORY = ("out of memory", "can't allocate memory")  # CUDA's words and the CPU allocator's
 
 
 class UserError(Exception):
-    """Bad input: the message names the value that is wrong and the way out."""
+    """Bad input. The message names the value that is wrong and the way out."""
 
 
-def run_main(main: Callable[[], int]) -> int:
-    """Run a script's main; a UserError becomes one line on stderr and exit status 2."""
+def run_main(main: Callable[..., int], argv: Sequence[str] | None = None) -> int:
+    """Call a script's `main(argv)`; a UserError becomes one line on stderr and exit status 2."""
     try:
-        return main()
+        return main(argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - this is the scripts' output
+        sys.stderr.write(f"error: {error}\n")
         return 2
+
+
+@contextmanager
+def explain_out_of_memory(way_out: str) -> Iterator[None]:
+    """Turn an allocation that fails inside the block into a UserError that ends with `way_out`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError) and not any(words in text for words in NO_MEMORY):
+            raise
+        raise UserError(f"out of memory: {text.splitlines()[0] if text else ''}\n{way_out}") from error

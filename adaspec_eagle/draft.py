@@ -1,0 +1,239 @@
+"""Grow a draft tree with a head: chain, static tree, dynamic tree (EAGLE-2).
+
+Legend: B rows, T pairs, W nodes of a level, M candidates, H hidden, F H features, Vd draft vocab.
+"""
+
+import heapq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaspec_eagle.attention import tree_mask
+from adaspec_eagle.cache import TreeCache
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.head import DraftHead
+from adaspec_eagle.tree import DraftTree, select_nodes
+
+# Assumed acceptance by rank among a node's children, for the default static tree.
+RANK_RATES = (0.55, 0.14, 0.07, 0.045, 0.03, 0.02)
+
+
+@dataclass(frozen=True)
+class Static:
+    """A fixed tree: node n > 0 is the `ranks[n]`-th best child of `parents[n]` (EAGLE-1)."""
+
+    parents: tuple[int, ...]  # [N], the root's is 0
+    ranks: tuple[int, ...]  # [N], the root's is 0
+
+    @property
+    def depths(self) -> list[int]:
+        """Depth of each node."""
+        depths = [0]
+        for parent in self.parents[1:]:
+            depths.append(depths[parent] + 1)
+        return depths
+
+    @property
+    def depth(self) -> int:
+        """Depth of the deepest node."""
+        return max(self.depths)
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """EAGLE-2: expand the `width` most probable nodes a level, verify the `nodes` best of all."""
+
+    nodes: int = 20  # draft nodes verified, the root not counted
+    depth: int = 6
+    width: int = 8
+
+    def __post_init__(self) -> None:
+        if min(self.nodes, self.depth, self.width) < 1:
+            raise UserError(f"{self}: nodes, depth and width of a tree must be at least 1")
+
+
+Shape = Static | Dynamic
+
+
+def chain(length: int) -> Static:
+    """A chain of `length` draft tokens."""
+    if length < 1:
+        raise UserError(f"a chain of {length} draft tokens: the length must be at least 1")
+    return Static((0, *range(length)), (0,) * (length + 1))
+
+
+def static_tree(nodes: int = 20, rates: tuple[float, ...] = RANK_RATES) -> Static:
+    """The `nodes` most probable nodes if the child of rank r is accepted with chance rates[r].
+
+    The greedy choice maximises the expected accepted length under that assumption (Sequoia,
+    arXiv 2402.12374; OPT-Tree, arXiv 2406.17276).
+    """
+    found: list[tuple[float, int, tuple[int, ...]]] = []  # paths of ranks, as they are chosen
+    heap = [(-rates[0], 1, (0,))]
+    while len(found) < nodes:
+        chance, depth, path = heapq.heappop(heap)
+        found.append((chance, depth, path))
+        heapq.heappush(heap, (chance * rates[0], depth + 1, (*path, 0)))
+        if path[-1] + 1 < len(rates):
+            sibling = chance / rates[path[-1]] * rates[path[-1] + 1]
+            heapq.heappush(heap, (sibling, depth, (*path[:-1], path[-1] + 1)))
+    paths = sorted((path for _, _, path in found), key=lambda p: (len(p), p))
+    index = {(): 0} | {path: n for n, path in enumerate(paths, 1)}
+    parents = (0, *(index[path[:-1]] for path in paths))
+    return Static(parents, (0, *(path[-1] for path in paths)))
+
+
+def parse_shape(tree: str | Shape) -> Shape:
+    """A shape from what a user types: "dynamic", "static", "chain", "chain:K"."""
+    if isinstance(tree, Static | Dynamic):
+        return tree
+    kind, _, size = tree.partition(":")
+    if kind == "chain" and (not size or size.isdigit()):
+        return chain(int(size or 4))
+    if tree == "dynamic":
+        return Dynamic()
+    if tree == "static":
+        return static_tree()
+    raise UserError(f"unknown tree {tree!r}; choose dynamic, static, chain or chain:K")
+
+
+class Drafter:
+    """A head at work: its cache, and what it knows at each row's last committed pair."""
+
+    def __init__(self, head: DraftHead, shape: Shape, capacity: int = 256) -> None:
+        self.head = head
+        self.shape = shape
+        self.cache = TreeCache(1, capacity)
+        self.hidden: Tensor | None = None  # [B, H] at the last pair
+        self.logits: Tensor | None = None  # [B, Vd] for the first draft token
+
+    def prefill(self, features: Tensor, tokens: Tensor, lengths: Tensor) -> None:
+        """Take in the prompt: features `[B, T, F H]` paired with the next tokens `[B, T]`."""
+        fused = self.head.fuse(features)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        hidden = self.head(fused, tokens, positions, None, self.cache, 0)
+        self.cache.commit_prefix(lengths)
+        self._remember(hidden, lengths)
+
+    def advance(self, features: Tensor, tokens: Tensor, length: Tensor, longest: int) -> None:
+        """Take in the accepted pairs: features `[B, P, F H]`, next tokens `[B, P]`, counts `[B]`."""
+        assert self.cache.lengths is not None
+        p = tokens.shape[1]
+        steps = torch.arange(p, device=tokens.device)
+        causal = (steps[None, :] <= steps[:, None]).expand(tokens.shape[0], p, p)
+        hidden = self._forward(self.head.fuse(features), tokens, steps.expand_as(tokens), causal, 0)
+        path = steps.expand_as(tokens)
+        self.cache.commit(path, length, longest)
+        self._remember(hidden, length)
+
+    def grow(self, root: Tensor) -> DraftTree:
+        """A tree of this drafter's shape below the root tokens `[B]`; the cache is as before."""
+        assert self.hidden is not None and self.logits is not None
+        if isinstance(self.shape, Dynamic):
+            tree = self._grow_dynamic(self.shape)
+        else:
+            tree = self._grow_static(self.shape)
+        tree.tokens[:, 0] = root
+        self.cache.rollback()
+        return tree
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep the given rows `[B']` only."""
+        assert self.hidden is not None and self.logits is not None
+        self.cache.keep(rows)
+        self.hidden, self.logits = self.hidden[rows], self.logits[rows]
+
+    def _grow_static(self, shape: Static) -> DraftTree:
+        """Level by level; only nodes that have children go through the head."""
+        assert self.hidden is not None and self.logits is not None
+        b, device = self.logits.shape[0], self.logits.device
+        depths = shape.depths
+        tokens = torch.zeros(b, len(depths), dtype=torch.long, device=device)
+        hidden, logits = self.hidden[:, None], self.logits[:, None]  # [B, W, H], [B, W, Vd]
+        inner, seen = [0], torch.zeros(b, 1, 0, dtype=torch.bool, device=device)  # [B, W, M]
+        for depth in range(1, shape.depth + 1):
+            level = [n for n, d in enumerate(depths) if d == depth]
+            above = [inner.index(shape.parents[n]) for n in level]
+            ranks = [shape.ranks[n] for n in level]
+            best = logits.topk(max(ranks) + 1, dim=-1).indices  # [B, W, R]
+            tokens[:, level] = self.head.to_target(best[:, above, ranks])
+            grown = [i for i, n in enumerate(level) if n in shape.parents[1:]]
+            if not grown:
+                break
+            inner, parents = [level[i] for i in grown], [above[i] for i in grown]
+            seen = _with_itself(seen[:, parents])
+            positions = torch.full((b, len(inner)), depth - 1, device=device)
+            hidden = self._forward(hidden[:, parents], tokens[:, inner], positions, seen, depth)
+            logits = self.head.logits(hidden)
+        to_tensor = {"device": device, "dtype": torch.long}
+        parent_row = torch.tensor(shape.parents, **to_tensor).expand(b, -1)
+        return DraftTree(tokens, parent_row, torch.tensor(depths, **to_tensor).expand(b, -1))
+
+    def _grow_dynamic(self, shape: Dynamic) -> DraftTree:
+        """Keep a beam of the most probable paths; rerank all candidates at the end (EAGLE-2)."""
+        assert self.hidden is not None and self.logits is not None
+        b, device = self.logits.shape[0], self.logits.device
+        width = min(shape.width, self.logits.shape[-1])
+        logp, best = self._top(self.logits[:, None], width)  # [B, 1, W] each
+        score, token = logp[:, 0], best[:, 0]  # [B, W], the beam
+        hidden = self.hidden[:, None].expand(-1, width, -1)  # [B, W, H] of each node's parent
+        index = torch.arange(width, device=device).expand(b, -1)  # the beam among the candidates
+        tokens, scores, parents = [token], [score], [torch.full_like(token, -1)]
+        seen = torch.zeros(b, width, 0, dtype=torch.bool, device=device)
+        for depth in range(1, shape.depth):
+            seen = _with_itself(seen)
+            positions = torch.full((b, width), depth - 1, device=device)
+            hidden = self._forward(hidden, token, positions, seen, depth)
+            logp, best = self._top(self.head.logits(hidden), width)  # [B, W, W]
+            total = (score[:, :, None] + logp).flatten(1)  # [B, W * W]
+            tokens.append(best.flatten(1))
+            scores.append(total)
+            parents.append(index.repeat_interleave(width, dim=1))
+            score, place = total.topk(width, dim=1)  # [B, W]: the next beam
+            token = tokens[-1].gather(1, place)
+            index = place + width + (depth - 1) * width * width
+            above = torch.div(place, width, rounding_mode="floor")  # [B, W]
+            hidden = hidden.gather(1, above[:, :, None].expand_as(hidden))
+            seen = seen.gather(1, above[:, :, None].expand_as(seen))
+        sizes = [width] + [width * width] * (shape.depth - 1)
+        levels = torch.cat([torch.full((n,), d) for d, n in enumerate(sizes, 1)]).to(device)
+        ranked = torch.cat(scores, 1) - 1e-4 * levels  # a child stays strictly below its parent
+        tree = select_nodes(torch.cat(tokens, 1), torch.cat(parents, 1), ranked, shape.nodes)
+        return DraftTree(tree.tokens, tree.parents, _depths(tree.parents, shape.depth))
+
+    def _top(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and target ids of the best `width` tokens: `[..., Vd]` -> `[..., W]`."""
+        values, ids = logits.float().topk(width, dim=-1)
+        return values - logits.float().logsumexp(-1, keepdim=True), self.head.to_target(ids)
+
+    def _forward(
+        self, hidden: Tensor, tokens: Tensor, ahead: Tensor, seen: Tensor, step: int
+    ) -> Tensor:
+        """One head forward in scratch; `ahead` `[B, N]` counts positions from the history's end."""
+        assert self.cache.lengths is not None
+        mask = tree_mask(self.cache.lengths, self.cache.start, seen, hidden.dtype)
+        positions = self.cache.lengths[:, None] + ahead
+        return self.head(hidden, tokens, positions, mask, self.cache, step)
+
+    def _remember(self, hidden: Tensor, length: Tensor) -> None:
+        """Keep the state at each row's last pair: hidden `[B, T, H]`, length `[B]`."""
+        last = (length - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        self.hidden = hidden.gather(1, last)[:, 0]
+        self.logits = self.head.logits(self.hidden)
+
+
+def _with_itself(seen: Tensor) -> Tensor:
+    """Append the new level's own columns: `[B, W, M]` -> `[B, W, M + W]`."""
+    b, w, _ = seen.shape
+    itself = torch.eye(w, dtype=torch.bool, device=seen.device).expand(b, w, w)
+    return torch.cat([seen, itself], dim=-1)
+
+
+def _depths(parents: Tensor, depth: int) -> Tensor:
+    """Depth of every node of trees at most `depth` deep, `[B, N]`."""
+    depths = torch.zeros_like(parents)
+    below = torch.arange(parents.shape[1], device=parents.device) > 0
+    for _ in range(depth):
+        depths = (depths.gather(1, parents) + 1) * below
+    return depths

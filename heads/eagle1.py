@@ -1,0 +1,56 @@
+"""EAGLE-1 head: one layer over fc([embedding, feature]) that predicts the target's next feature.
+
+Li et al., "EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty", arXiv 2401.15077.
+Tensor names are those of the published heads; like theirs, the layer has no input norm and nothing
+follows it but the target's output layer.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from adaspec_eagle.head import DraftHead, HeadConfig, Unrolled
+
+
+class Head(DraftHead):
+    """EAGLE-1: regression onto the target's last hidden state beside the distillation loss."""
+
+    feature_loss = 1.0  # the paper's weights: smooth L1 x 1, classification x 0.1
+    token_loss = 0.1
+    default_unroll = 1
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        layer = config.layer_config()
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.layers = nn.ModuleList([LlamaDecoderLayer(layer, layer_idx=0)])
+        self.layers[0].input_layernorm = nn.Identity()
+        self.rotary = LlamaRotaryEmbedding(layer)
+
+    @staticmethod
+    def feature_layers(num_layers: int) -> list[int]:
+        """The last hidden state, which the output layer reads."""
+        return [num_layers]
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """The feature itself."""
+        return features
+
+    def forward(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor | Unrolled | None,
+        cache: Cache | None,
+        step: int,
+    ) -> Tensor:
+        """fc([embedding, hidden]) through one Llama layer: the predicted next feature."""
+        embedding = self.embed(tokens).to(hidden.dtype)
+        return self.layers[0](
+            self.fc(torch.cat([embedding, hidden], dim=-1)),
+            position_embeddings=self.rotary(hidden, positions),
+            attention_mask=mask,
+            past_key_values=cache,
+        )
