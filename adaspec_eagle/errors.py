@@ -31,4 +31,5 @@ def explain_out_of_memory(way_out: str) -> Iterator[None]:
         text = str(error)
         if not isinstance(error, MemoryError) and not any(words in text for words in NO_MEMORY):
             raise
-        raise UserError(f"out of memory: {text.splitlines()[0] if text else ''}\n{way_out}") from error
+        reason = text.splitlines()[0] if text else "no more to be had"
+        raise UserError(f"out of memory: {reason}\n{way_out}") from error

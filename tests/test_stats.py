@@ -48,7 +48,9 @@ def test_alpha_asks_only_drafts_that_offered_a_token():
 
 def test_without_a_draft_there_is_no_alpha():
     loop = AcceptanceStats(accepted=[7], offered=[], rounds=7, tokens=7, new_tokens=8)
-    assert loop.alpha_by_depth == [] and loop.acceptance_by_depth == [] and loop.greedy_alpha == 0.0
+    assert loop.alpha_by_depth == []
+    assert loop.acceptance_by_depth == []
+    assert loop.greedy_alpha == 0.0
 
 
 def test_nothing_accepted_leaves_only_the_first_alpha():
@@ -60,7 +62,8 @@ def test_nothing_accepted_leaves_only_the_first_alpha():
 def test_adding_is_a_ratio_of_sums_and_pads_the_shorter_histogram():
     short = AcceptanceStats([1, 1], [2], 2, 3, 4, 4, {"draft": 1.0})
     total = chain_stats() + short
-    assert total.accepted == [5, 4, 1, 2] and total.offered == [12, 10, 10]
+    assert total.accepted == [5, 4, 1, 2]
+    assert total.offered == [12, 10, 10]
     assert total.tau == pytest.approx((21 + 3) / (10 + 2))
     assert total.seconds == {"draft": 1.0}
     assert total == short + chain_stats()

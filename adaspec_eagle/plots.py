@@ -1,0 +1,171 @@
+"""Show a result of `eval/speedup.py`: tables for the terminal, and a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from adaspec_eagle.record import with_interval, write_bytes
+
+COLORS = {"generate": "#8a8f98", "loop": "#b9bec6", "chain": "#3b7dd8", "tree": "#d9622b"}
+Figures = dict[str, Any]
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def arms_table(result: Figures) -> Table:
+    """One column an arm, one row a figure; square brackets hold 95 % intervals."""
+    arms, target = result["arms"], result["target"]
+    prompts = sum(source["prompts"] for source in result["prompts"])
+    title = f"{target['name']}, {target['dtype']}, {prompts} prompts [dim](95 % interval)[/dim]"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for key, figures in arms.items():
+        shape = "" if figures["shape"] in (None, key) else f"\n{figures['shape']}"
+        table.add_column(key + shape, justify="right")
+    for label, cell in arm_rows().items():
+        table.add_row(label, *(cell(figures) for figures in arms.values()))
+    return table
+
+
+def arm_rows() -> dict[str, Callable[[Figures], str]]:
+    """Label -> cell of the table of arms, from one arm's figures."""
+    rows = {
+        "tokens/s, end to end": ratio("tokens_per_s", 1),
+        "speed-up over generate": ratio("speedup_vs_generate"),
+        "speed-up over loop": ratio("speedup_vs_loop"),
+        "decode only: over generate": ratio("decode_speedup_vs_generate"),
+        "decode only: over loop": ratio("decode_speedup_vs_loop"),
+        "acceptance length tau": ratio("tau"),
+        "alpha by depth (chain)": lambda arm: _list(arm["alpha_by_depth"]),
+        "acceptance by depth": lambda arm: _list(arm["acceptance_by_depth"]),
+    }
+    for part in ("prefill", "draft", "verify", "rest"):
+        rows[f"seconds: {part}"] = lambda arm, part=part: f"{arm['seconds'][part]:.2f}"
+    rows["peak memory, MB"] = lambda arm: f"{arm['peak_memory_bytes'] / 1e6:.0f}"
+    rows["answers equal to generate's"] = lambda arm: f"{arm['matched']}/{arm['total']}"
+    return rows
+
+
+def ratio(name: str, digits: int = 2) -> Callable[[Figures], str]:
+    """A cell with the ratio `name` and its interval; a baseline against itself has none."""
+
+    def cell(arm: Figures) -> str:
+        value, bounds = arm[name], arm[f"{name}_ci95"]
+        if value is None:
+            return "-"
+        return with_interval(value, bounds if bounds and bounds[0] < bounds[1] else None, digits)
+
+    return cell
+
+
+def _list(values: list[float]) -> str:
+    return " ".join(f"{value:.2f}".lstrip("0") for value in values) or "-"
+
+
+def files_table(result: Figures) -> Table:
+    """One row a prompt file, and one for all; speed-ups over both baselines, and tau."""
+    table = Table(title="by file: speed-up over generate / over loop, tau", title_justify="left")
+    drafting = [key for key, arm in result["arms"].items() if arm["shape"]]
+    table.add_column("prompts")
+    for name in ("n", "generate tok/s", *drafting):
+        table.add_column(name, justify="right")
+    for row in file_rows(result, drafting):
+        table.add_row(*row)
+    return table
+
+
+def file_rows(result: Figures, drafting: list[str]) -> list[list[str]]:
+    """Rows of the table by file; the last is the ratio of sums over all files."""
+    count = sum(source["prompts"] for source in result["prompts"])
+    files = result["files"].items()
+    parts = [(Path(name).name, one["prompts"], one["arms"]) for name, one in files]
+    parts.append(("all (ratio of sums)", count, result["arms"]))
+    return [
+        [name, str(prompts), f"{arms['generate']['tokens_per_s']:.1f}"]
+        + [_file_cell(arms[key]) for key in drafting]
+        for name, prompts, arms in parts
+    ]
+
+
+def _file_cell(arm: Figures) -> str:
+    over = " / ".join(f"{arm[f'speedup_vs_{base}']:.2f}" for base in ("generate", "loop"))
+    return f"{over}, {arm['tau']:.2f}"
+
+
+# ---- the picture ---------------------------------------------------------------------------------
+
+
+def speedup_png(result: Figures, path: Path) -> None:
+    """Two panels: tokens/s of each arm with its interval; acceptance by depth of the drafts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 4.0), layout="constrained", dpi=150)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    _speed_panel(left, result["arms"])
+    _acceptance_panel(right, result["arms"])
+    target = result["target"]
+    prompts = sum(source["prompts"] for source in result["prompts"])
+    figure.suptitle(f"{target['name']}, {target['dtype']}, {prompts} prompts", fontsize=11)
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    write_bytes(path, image.getvalue())
+
+
+def _speed_panel(axes: Any, arms: dict[str, Figures]) -> None:
+    """Bars of tokens/s; a drafting arm carries its speed-up over generate."""
+    tops = []
+    for place, (key, arm) in enumerate(arms.items()):
+        speed, (low, high) = arm["tokens_per_s"], arm["tokens_per_s_ci95"]
+        axes.bar(place, speed, color=COLORS[key], width=0.65)
+        spread = [[max(speed - low, 0.0)], [max(high - speed, 0.0)]]
+        axes.errorbar(place, speed, yerr=spread, color="black", capsize=4, linewidth=1)
+        note = f"\n{arm['speedup_vs_generate']:.2f} ×" if arm["shape"] else ""
+        top = max(high, speed)
+        axes.annotate(f"{speed:.1f}{note}", (place, top), (0, 4), textcoords="offset points",
+                      ha="center", fontsize=9)  # fmt: skip
+        tops.append(top)
+    axes.set_xticks(range(len(arms)), [_label(key, arm) for key, arm in arms.items()])
+    axes.set_ylim(0, 1.22 * max(tops))
+    axes.set_ylabel("tokens/s, end to end")
+    axes.set_title("Speed (× over generate; whiskers: 95 % interval)", fontsize=10)
+    _bare(axes)
+
+
+def _acceptance_panel(axes: Any, arms: dict[str, Figures]) -> None:
+    """Share of rounds that accepted at least d draft tokens, a line for each drafting arm."""
+    deepest = 1
+    for key, arm in arms.items():
+        shares = arm["acceptance_by_depth"]
+        if not shares:
+            continue
+        depths = range(1, len(shares) + 1)
+        bounds = arm["acceptance_by_depth_ci95"]
+        axes.fill_between(depths, *zip(*bounds, strict=True), color=COLORS[key], alpha=0.15, lw=0)
+        label = f"{_label(key, arm).replace(chr(10), ' ')}, tau {arm['tau']:.2f}"
+        axes.plot(depths, shares, "o-", color=COLORS[key], label=label, markersize=4)
+        deepest = max(deepest, len(shares))
+    axes.set_xticks(range(1, deepest + 1))
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("depth d")
+    axes.set_ylabel("share of rounds")
+    axes.set_title("Rounds that accepted d or more draft tokens", fontsize=10)
+    axes.legend(frameon=False)
+    _bare(axes)
+
+
+def _label(key: str, arm: Figures) -> str:
+    """`tree` with `dynamic` below it; `chain` with its length."""
+    shape = arm["shape"] or ""
+    detail = shape.removeprefix("chain:")
+    return f"{key}\n{f'of {detail}' if key == 'chain' else detail}" if shape else key
+
+
+def _bare(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,140 @@
+"""Regenerate the README's tables from the records under results/.
+
+    python eval/tables.py             rewrite what stands between the markers
+    python eval/tables.py --check     exit status 1 if the README is out of date
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, where NAME is a folder under
+results/ (its result.json is read); `NAME/files` gives the table by prompt file of a speed-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from adaspec_eagle import plots
+from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.record import markdown_table, with_interval, write_text
+
+MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--readme", type=Path, default=Path("README.md"), help="default: %(default)s")
+    made.add_argument("--results", type=Path, default=Path("results"), help="default: %(default)s")
+    made.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite or check one file."""
+    args = parser().parse_args(argv)
+    if not args.readme.is_file():
+        raise UserError(f"{args.readme} does not exist; name the file with --readme")
+    before = args.readme.read_text(encoding="utf-8")
+    if before.count("<!-- table:") != len(MARKED.findall(before)):
+        raise UserError(f"{args.readme}: a `<!-- table:NAME -->` has no `<!-- /table -->` after it")
+    after = MARKED.sub(lambda m: f"{m[1]}{section(args.results, m[2])}\n{m[3]}", before)
+    if args.check and after != before:
+        print(f"{args.readme} is out of date: run python eval/tables.py")
+        return 1
+    if after != before:
+        write_text(args.readme, after)
+    return 0
+
+
+def section(results: Path, name: str) -> str:
+    """One table and the line that says where it comes from."""
+    folder, _, view = name.partition("/")
+    path = results / folder / "result.json"
+    if not path.is_file():
+        raise UserError(f"table {name}: {path} does not exist")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    key = f"{result.get('kind')}{'/' if view else ''}{view}"
+    if key not in VIEWS:
+        raise UserError(f"table {name}: no view for {key!r}; there are {', '.join(VIEWS)}")
+    return f"{VIEWS[key](result)}\n\n{source_line(path, result)}"
+
+
+def source_line(path: Path, result: dict[str, Any]) -> str:
+    """File, command, commit and machine: what makes the figures above quotable."""
+    where = result["environment"]
+    git = where["git"] or {"commit": "unknown", "dirty": False}
+    commit = git["commit"][:10] + (" with local changes" if git["dirty"] else "")
+    machine = where["cuda"] or f"{where['cpu']}, {where['threads']} threads"
+    torch, transformers = (where["packages"][name] for name in ("torch", "transformers"))
+    return (
+        f"From [`{path.as_posix()}`]({path.as_posix()}): `python {shlex.join(where['argv'])}`; "
+        f"commit {commit}; {machine}; torch {torch}, transformers {transformers}. Brackets: 95 % "
+        "bootstrap intervals over prompts."
+    )
+
+
+def speedup(result: dict[str, Any]) -> str:
+    """Rows are figures, columns are arms."""
+    arms = result["arms"]
+    rows = [[label, *map(cell, arms.values())] for label, cell in plots.arm_rows().items()]
+    shapes = {key: arm["shape"] for key, arm in arms.items()}
+    header = ["", *(f"{key} ({shape})" if shape else key for key, shape in shapes.items())]
+    return f"{markdown_table(header, rows)}\n\n{result['headline']['sentence']}"
+
+
+def speedup_files(result: dict[str, Any]) -> str:
+    """Rows are prompt files: speed-up over generate / over loop, tau."""
+    drafting = [key for key, arm in result["arms"].items() if arm["shape"]]
+    header = ["prompts", "n", "generate tokens/s", *drafting]
+    table = markdown_table(header, plots.file_rows(result, drafting))
+    return f"{table}\n\nCells: speed-up over generate / over loop, acceptance length tau."
+
+
+def acceptance(result: dict[str, Any]) -> str:
+    """Rows are tasks."""
+    header = ["task", "n", "tau", "greedy alpha", "alpha by depth", "overlap by step"]
+    rows = []
+    for name, one in [*result["tasks"].items(), ("all", result["all"])]:
+        alpha = with_interval(one["greedy_alpha"], one["greedy_alpha_ci95"], 3)
+        lists = (one["alpha_by_depth"], one["overlap"])
+        cells = [" ".join(f"{value:.2f}" for value in values) for values in lists]
+        rows.append([Path(name).name, one["prompts"], f"{one['tau']:.2f}", alpha, *cells])
+    return markdown_table(header, rows)
+
+
+def lossless(result: dict[str, Any]) -> str:
+    """Rows are the ways of drafting."""
+    header = [
+        "draft",
+        "dtype",
+        "equal to generate",
+        "tokens rescored",
+        "of them maximum",
+        "gap p99",
+    ]
+    rows = []
+    for mode in result["modes"].values():
+        facts = mode["rescored"] or {}
+        cells = [f"{facts[k]:{form}}" if facts else "-" for k, form in GAP_FIGURES.items()]
+        dtype, equal = result["target"]["dtype"], f"{mode['matched']}/{mode['total']}"
+        rows.append([mode["shape"], dtype, equal, *cells])
+    return markdown_table([*header, "gap, largest"], rows)
+
+
+GAP_FIGURES = {"tokens": "d", "match": ".2%", "gap_p99": ".3g", "gap_max": ".3g"}
+VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "speedup": speedup,
+    "speedup/files": speedup_files,
+    "acceptance": acceptance,
+    "lossless": lossless,
+}
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
