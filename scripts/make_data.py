@@ -1,0 +1,86 @@
+"""Make training data: prompts from files, hub sets or the target itself, answered by the target.
+
+    python scripts/make_data.py --target smollm2-135m --prompts self --out self.jsonl
+    python scripts/make_data.py --prompts a.jsonl.gz --exclude eval/prompts.jsonl --out data.jsonl
+
+Run the same command again after a kill: it goes on where it was.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from adaspec_eagle.answers import Settings, Tally, answer_prompts, answer_self, give_answers
+from adaspec_eagle.data import read_prompts
+from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
+
+SELF_TOKENS = 200_000
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (%(default)s)")
+    add("--prompts", nargs="+", default=["self"], metavar="FILE|TASK|self", help="(self)")
+    add("--out", type=Path, required=True, help="JSON Lines file to write or to go on with")
+    add("--answers", choices=["target", "given"], default="target", help="(%(default)s)")
+    add("--tokens", type=int, help=f"stop at so many answer tokens ({SELF_TOKENS} for self)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    add("--max-new-tokens", type=int, default=224, help="per answer (%(default)s)")
+    add("--max-prompt-tokens", type=int, help="drop longer prompts (what the context allows)")
+    add("--batch-size", type=int, default=64, help="rows decoded together (%(default)s)")
+    add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--dtype", help="bfloat16, float32, float64 (by device)")
+    return parser.parse_args(argv)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    for name in ("tokens", "max_new_tokens", "max_prompt_tokens", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if args.temperature < 0:
+        raise UserError(f"--temperature must be 0 or more, not {args.temperature}")
+    tokens = SELF_TOKENS if args.tokens is None and "self" in args.prompts else args.tokens
+    return Settings(
+        tokens=tokens,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
+        max_prompt_tokens=args.max_prompt_tokens,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+
+
+def make(args: argparse.Namespace, settings: Settings) -> Tally:
+    if "self" in args.prompts:
+        if len(args.prompts) > 1 or args.answers == "given":
+            raise UserError("--prompts self stands alone and its answers are the target's")
+        target = Target.load(args.target, dtype=args.dtype)
+        print(describe(target))
+        return answer_self(target, args.out, settings, print)
+    prompts = [prompt for name in args.prompts for prompt in read_prompts(name)]
+    target = Target.load(args.target, dtype=args.dtype)
+    print(describe(target))
+    if args.answers == "given":
+        return give_answers(target, prompts, args.out, settings)
+    return answer_prompts(target, prompts, args.out, settings, print)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    tally = make(args, settings_of(args))
+    print(f"{args.out}: {tally.records} records, {tally.tokens:,} answer tokens")
+    if tally.seconds:
+        print(
+            f"this run: {tally.new_records} records, {tally.ended} ended by themselves,"
+            f" {tally.new_tokens / tally.seconds:.0f} tokens/s"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
