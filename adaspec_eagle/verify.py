@@ -33,13 +33,17 @@ def pick(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)  # [B, N, V]
-    if top_p < 1:
-        ordered, ids = probs.sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p
-        probs = torch.zeros_like(probs).scatter(-1, ids, ordered.masked_fill(outside, 0))
-    flat = torch.multinomial(probs.flatten(0, 1), 1, generator=generator)
-    return flat.view(logits.shape[:-1])
+    probs = (logits.flatten(0, 1).float() / temperature).softmax(-1)  # [B N, V]
+    cdf = probs.cumsum(-1)
+    picks = torch.zeros_like(probs[:, :1], dtype=torch.long)  # [B N, 1]
+    rows = torch.arange(len(picks), device=picks.device)
+    while len(rows):  # no sorting: a token is in the nucleus if those above it do not reach top_p
+        spot = torch.rand(len(cdf), 1, generator=generator, device=cdf.device) * cdf[:, -1:]
+        drawn = torch.searchsorted(cdf, spot, right=True).clamp(max=cdf.shape[1] - 1)
+        picks[rows] = drawn[rows]
+        above = (probs * (probs > probs.gather(1, picks))).sum(-1)
+        rows = (above >= top_p).nonzero()[:, 0] if top_p < 1 else rows[:0]
+    return picks.view(logits.shape[:-1])
 
 
 def match(tree: DraftTree, picks: Tensor, ancestors: Tensor) -> Verdict:
