@@ -7,8 +7,6 @@ starts; the order of the arms rotates from unit to unit, so that drift of the ma
 Legend: B rows, T time, P units, A arms, R bootstrap resamples.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

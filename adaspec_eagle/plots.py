@@ -1,7 +1,5 @@
 """Show a result of `eval/speedup.py`: tables for the terminal, and a picture."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +44,7 @@ def arm_rows() -> dict[str, Callable[[Figures], str]]:
         "acceptance by depth": lambda arm: _list(arm["acceptance_by_depth"]),
     }
     for part in ("prefill", "draft", "verify", "rest"):
-        rows[f"seconds: {part}"] = lambda arm, part=part: f"{arm['seconds'][part]:.2f}"
+        rows[f"seconds: {part}"] = seconds(part)
     rows["peak memory, MB"] = lambda arm: f"{arm['peak_memory_bytes'] / 1e6:.0f}"
     rows["answers equal to generate's"] = lambda arm: f"{arm['matched']}/{arm['total']}"
     return rows
@@ -62,6 +60,11 @@ def ratio(name: str, digits: int = 2) -> Callable[[Figures], str]:
         return with_interval(value, bounds if bounds and bounds[0] < bounds[1] else None, digits)
 
     return cell
+
+
+def seconds(part: str) -> Callable[[Figures], str]:
+    """A cell with the wall seconds of one part."""
+    return lambda arm: f"{arm['seconds'][part]:.2f}"
 
 
 def _list(values: list[float]) -> str:

@@ -1,7 +1,5 @@
 """What makes a figure quotable: its environment, its interval, its file, its table."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

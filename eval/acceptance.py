@@ -9,8 +9,6 @@ sum_v min(p_v, q_v) on the target's own greedy answers, teacher-forced, for each
 last line of stdout is the result as JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ emitted token, rescored by the target one token at a time, must lie within --mar
 logit. Exit status 1 if that does not hold. The last line of stdout is the result as JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ Four arms decode the same prompts in one process, alternating prompt by prompt: 
 last line of stdout is the result as JSON, without per-prompt data.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -7,8 +7,6 @@ A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, where NAME i
 results/ (its result.json is read); `NAME/files` gives the table by prompt file of a speed-up.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

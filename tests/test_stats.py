@@ -1,9 +1,18 @@
-"""Identities of the acceptance figures."""
+"""Identities of the acceptance figures, their intervals and their records."""
 
 import json
 
+import numpy as np
 import pytest
 
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.record import (
+    bootstrap_ratio,
+    environment,
+    markdown_table,
+    resampled_sums,
+    write_json,
+)
 from adaspec_eagle.stats import AcceptanceStats
 
 
@@ -73,3 +82,68 @@ def test_json_round_trip_gives_the_same_counts():
     stats = chain_stats()
     data = json.loads(json.dumps(stats.to_dict() | {"tau": stats.tau}))
     assert AcceptanceStats.from_dict(data) == stats
+
+
+# ---- intervals and records -----------------------------------------------------------------------
+
+
+def tokens_and_seconds(prompts: int) -> np.ndarray:
+    """Tokens of two arms (equal), then their seconds; the second is twice as fast. `[prompts, 4]`"""
+    rng = np.random.default_rng(5)
+    tokens, speed = rng.integers(20, 130, prompts), rng.uniform(20, 40, prompts)
+    return np.stack([tokens, tokens, tokens / speed, tokens / speed / 2], axis=1)
+
+
+def speedup(sums: np.ndarray) -> float:
+    """Tokens/s of the second arm over the first."""
+    return (sums[1] / sums[3]) / (sums[0] / sums[2])
+
+
+def test_an_equal_ratio_in_every_prompt_leaves_no_spread():
+    """Pairing by prompt: the arms' speeds vary twofold between prompts, their ratio does not."""
+    assert bootstrap_ratio(tokens_and_seconds(40), speedup) == pytest.approx([2.0, 2.0])
+
+
+def test_interval_of_a_mean_is_the_textbook_one():
+    values = np.random.default_rng(1).normal(10, 3, 400)
+    columns = np.stack([values, np.ones(400)], axis=1)
+    low, high = bootstrap_ratio(columns, lambda sums: sums[0] / sums[1])
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.05)
+
+
+def test_the_same_seed_draws_the_same_prompts():
+    columns = tokens_and_seconds(10)
+    assert (resampled_sums(columns, seed=1) == resampled_sums(columns, seed=1)).all()
+    assert (resampled_sums(columns, seed=1) != resampled_sums(columns, seed=2)).any()
+    alone = resampled_sums(columns[:, :1], seed=1)
+    assert (alone[:, 0] == resampled_sums(columns, seed=1)[:, 0]).all()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = write_json(tmp_path / "new" / "result.json", {"a": 1})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_record_holds_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "result.json", {"tau": float("nan")})
+
+
+def test_the_environment_is_json_and_names_versions():
+    where = json.loads(json.dumps(environment()))
+    assert where["packages"]["torch"]
+    assert where["threads"] >= 1
+
+
+def test_a_markdown_table_has_a_cell_for_each_column():
+    lines = markdown_table(["arm", "tau"], [["tree", 2.5], ["chain", 1.9]]).splitlines()
+    assert lines == ["| arm | tau |", "| :--- | ---: |", "| tree | 2.5 |", "| chain | 1.9 |"]

@@ -1,0 +1,311 @@
+"""The measuring scripts, through their `main`, on a tiny random target and head."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_head, tiny_target, tiny_target_folder
+
+from adaspec_eagle import Target, measure
+from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.stats import AcceptanceStats
+
+EVAL = Path(__file__).parents[1] / "eval"
+WORDS = ("w1 w2 w3", "w4 w5", "w6 w7 w8 w9")
+
+
+def script(name: str):
+    """A script of eval/ as a module; importing it does no work."""
+    spec = importlib.util.spec_from_file_location(f"eval_{name}", EVAL / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_prompts(path: Path, words=WORDS, more=()) -> str:
+    """A prompt file; `more` are user messages that follow in every prompt, unanswered."""
+    lines = [
+        {
+            "id": f"{path.stem}-{i}",
+            "task": path.stem,
+            "messages": [{"role": "user", "content": text} for text in (content, *more)],
+        }
+        for i, content in enumerate(words)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A working folder with a target, a head under runs/ and two prompt files."""
+    folder = tmp_path_factory.mktemp("work")
+    target = Target.load(tiny_target_folder(folder / "target"), dtype="float32")
+    tiny_head(target).save(folder / "runs" / "one" / "head")
+    write_prompts(folder / "a.jsonl")
+    write_prompts(folder / "b.jsonl", WORDS[:2], more=["w11 w12"])
+    return folder
+
+
+@pytest.fixture
+def here(work, monkeypatch):
+    """Work in that folder."""
+    monkeypatch.chdir(work)
+    return work
+
+
+def arguments(*more: str) -> list[str]:
+    """Tiny settings for any of the scripts."""
+    return ["--target", "target", "--dtype", "float32", "--max-new-tokens", "8", *more]
+
+
+# ---- speedup.py ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(work):
+    """One run of speedup.py over two files: its stdout's last line, and its result.json."""
+    out = work / "measured"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        files = ["--prompts", "a.jsonl", "--prompts", "b.jsonl", "--out", str(out)]
+        assert script("speedup").main(arguments("--tree", *files)) == 0
+    return json.loads((out / "result.json").read_text())
+
+
+def test_tree_alone_runs_both_baselines_a_chain_of_four_and_a_dynamic_tree(measured):
+    assert [(key, arm["shape"]) for key, arm in measured["arms"].items()] == [
+        ("generate", None),
+        ("loop", None),
+        ("chain", "chain:4"),
+        ("tree", "dynamic"),
+    ]
+
+
+def test_every_ratio_has_an_interval_that_holds_it(measured):
+    for arm in measured["arms"].values():
+        for name in measure.RATIOS:
+            low, high = arm[f"{name}_ci95"]
+            assert low <= arm[name] * 1.000001
+            assert arm[name] <= high * 1.000001
+
+
+def test_a_ratio_is_one_of_sums_over_all_prompts(measured):
+    for key, arm in measured["arms"].items():
+        runs = [unit["arms"][key] for unit in measured["per_prompt"]]
+        tokens = sum(run["new_tokens"] for run in runs)
+        seconds = sum(sum(run["seconds"].values()) for run in runs)
+        assert arm["tokens_per_s"] == pytest.approx(tokens / seconds)
+        rounds, after = (sum(run[name] for run in runs) for name in ("rounds", "tokens"))
+        assert arm["tau"] == pytest.approx(after / rounds)
+
+
+def test_speedup_columns_agree_with_tokens_per_second(measured):
+    arms = measured["arms"]
+    for arm in arms.values():
+        for base in measure.BASELINES:
+            ratio = arm["tokens_per_s"] / arms[base]["tokens_per_s"]
+            assert arm[f"speedup_vs_{base}"] == pytest.approx(ratio)
+
+
+def test_parts_of_the_time_add_up_to_the_wall_time(measured):
+    for arm in measured["arms"].values():
+        assert set(arm["seconds"]) == set(measure.PARTS)
+        assert sum(arm["seconds"].values()) == pytest.approx(arm["wall_s"])
+        assert arm["seconds"]["prefill"] > 0
+
+
+def test_the_order_of_the_arms_rotates_from_prompt_to_prompt(measured):
+    orders = [list(unit["arms"]) for unit in measured["per_prompt"]]
+    assert orders[0] == ["generate", "loop", "chain", "tree"]
+    assert orders[1] == ["loop", "chain", "tree", "generate"]
+    assert {order[0] for order in orders} == set(measured["arms"])
+
+
+def test_float32_answers_equal_those_of_generate(measured):
+    assert all(arm["matched"] == arm["total"] == 5 for arm in measured["arms"].values())
+
+
+def test_only_the_first_of_two_turns_is_measured(measured):
+    lengths = {unit["ids"][0]: unit["prompt_tokens"] for unit in measured["per_prompt"]}
+    assert measured["turns"] == "first"
+    assert lengths["b-0"] == lengths["a-0"]
+
+
+def test_files_are_named_hashed_and_reported_apart(measured):
+    assert [(one["file"], one["prompts"]) for one in measured["prompts"]] == [
+        ("a.jsonl", 3),
+        ("b.jsonl", 2),
+    ]
+    assert all(len(one["sha256"]) == 64 for one in measured["prompts"])
+    for key, arm in measured["arms"].items():
+        parts = [one["arms"][key]["new_tokens"] for one in measured["files"].values()]
+        assert sum(parts) == arm["new_tokens"]
+
+
+def test_headline_is_over_the_faster_baseline(measured):
+    arms, headline = measured["arms"], measured["headline"]
+    faster = max(measure.BASELINES, key=lambda key: arms[key]["tokens_per_s"])
+    assert headline["over"] == faster
+    assert headline["speedup"] == arms["tree"][f"speedup_vs_{faster}"]
+    assert f"`{faster}`" in headline["sentence"]
+
+
+def test_a_result_carries_what_a_citation_needs(measured, work):
+    assert measured["target"]["fingerprint"] == measured["head"]["config"]["target_fingerprint"]
+    assert measured["head"]["folder"] == "runs/one/head"
+    assert measured["environment"]["packages"]["torch"] == torch.__version__
+    assert {"tau", "alpha_by_depth", "ci95"} <= set(measured["definitions"])
+    assert (work / "measured" / "speedup.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_alpha_belongs_to_chains_and_acceptance_to_both(measured):
+    arms = measured["arms"]
+    assert arms["tree"]["alpha_by_depth"] == []
+    assert len(arms["chain"]["acceptance_by_depth"]) == 4
+    assert len(arms["chain"]["alpha_by_depth"]) >= 1
+    assert len(arms["tree"]["acceptance_by_depth"]) >= 1
+
+
+def test_last_line_is_the_result_without_per_prompt_data(here, capsys):
+    limits = ("--chain", "2", "--prompts", "a.jsonl", "--limit", "2", "--batch-size", "2")
+    assert script("speedup").main(arguments(*limits)) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(result["arms"]) == ["generate", "loop", "chain"]
+    assert result["arms"]["chain"]["total"] == 2
+    assert "per_prompt" not in result
+
+
+# ---- lossless.py, acceptance.py, tables.py -------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_lossless_passes_in_every_dtype_by_its_own_rule(here, capsys, dtype):
+    more = ("--dtype", dtype, "--prompts", "a.jsonl", "--tree", "static", "--chain", "3")
+    assert script("lossless").main(arguments(*more)) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["passed"] is True
+    assert set(result["modes"]) == {"chain", "tree"}
+    for mode in result["modes"].values():
+        assert (mode["rescored"] is not None) == (dtype == "bfloat16")
+        assert len(mode["differences"]) == mode["total"] - mode["matched"]
+
+
+def test_lossless_fails_where_an_answer_is_not_the_targets(here, capsys, monkeypatch):
+    def wrong(bench, shape, ids, mask):
+        answers, stats = measure.greedy_baseline(bench.target, bench.max_new_tokens, ids, mask)
+        return [[*answer[:3], (answer[3] + 1) % 97, *answer[4:]] for answer in answers], stats
+
+    module = script("lossless")
+    monkeypatch.setattr(module.measure, "decode", wrong)
+    assert module.main(arguments("--prompts", "a.jsonl", "--chain", "2")) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    first = result["modes"]["chain"]["differences"][0]
+    assert first["position"] == 3
+    assert first["gap"] > 1e-4
+    assert module.main(arguments("--dtype", "bfloat16", "--prompts", "a.jsonl")) == 1
+
+
+def test_acceptance_names_its_three_figures_apart(here, capsys):
+    pytest.importorskip("adaspec_eagle.distill")
+    files = ("--prompts", "a.jsonl", "b.jsonl", "--chain", "3", "--out", "accepted")
+    assert script("acceptance").main(arguments(*files)) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads((here / "accepted" / "result.json").read_text())
+    assert list(result["tasks"]) == ["a.jsonl", "b.jsonl"]
+    for one in [*result["tasks"].values(), result["all"]]:
+        assert len(one["overlap"]) == 3
+        assert all(0 <= share <= 1 for share in one["overlap"] + one["alpha_by_depth"])
+        low, high = one["greedy_alpha_ci95"]
+        assert low <= one["greedy_alpha"] <= high
+
+
+def test_tables_come_from_the_record_and_check_sees_a_stale_one(measured, here, capsys):
+    readme = here / "README.md"
+    readme.write_text(
+        "top\n<!-- table:measured -->\nold\n<!-- /table -->\n"
+        "<!-- table:measured/files -->\n<!-- /table -->\nend\n"
+    )
+    where = ["--readme", str(readme), "--results", str(here)]
+    tables = script("tables")
+    assert tables.main([*where, "--check"]) == 1
+    assert "old" in readme.read_text()
+    assert tables.main(where) == 0
+    assert tables.main([*where, "--check"]) == 0
+    text = readme.read_text()
+    assert f"{measured['arms']['tree']['tau']:.2f}" in text
+    assert measured["headline"]["sentence"] in text
+    assert text.startswith("top\n<!-- table:measured -->\n|")
+    assert text.endswith("<!-- /table -->\nend\n")
+
+
+# ---- choices and bad input -----------------------------------------------------------------------
+
+
+def test_a_head_for_other_weights_is_passed_over(work, here):
+    target = Target.load("target", dtype="float32")
+    config = json.loads((work / "runs/one/head/config.json").read_text())
+    newer = work / "runs" / "two" / "head"
+    newer.mkdir(parents=True, exist_ok=True)
+    (newer / "config.json").write_text(json.dumps(config | {"target_fingerprint": "0" * 16}))
+    assert measure.find_head(target).folder == Path("runs/one/head")
+
+
+def test_without_a_head_the_error_says_how_to_get_one(tmp_path):
+    with pytest.raises(UserError, match=r"train_head\.py"):
+        measure.find_head(tiny_target(), tmp_path)
+
+
+def test_a_prompt_longer_than_the_context_is_named(here, capsys):
+    write_prompts(here / "long.jsonl", ["w1", "w2 " * 600])
+    prompts = arguments("--prompts", "long.jsonl")
+    assert run_main(script("speedup").main, prompts) == 2
+    message = capsys.readouterr().err
+    assert "long-1" in message
+    assert "context of 512" in message
+
+
+def test_a_missing_prompt_file_is_named(here, capsys):
+    assert run_main(script("speedup").main, arguments("--prompts", "none.jsonl")) == 2
+    assert "none.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tree", "chain", "shapes"),
+    [
+        (None, None, {"chain": "chain:4", "tree": "dynamic"}),
+        ("static", None, {"chain": "chain:4", "tree": "static"}),
+        (None, 6, {"chain": "chain:6"}),
+        ("dynamic", 2, {"chain": "chain:2", "tree": "dynamic"}),
+    ],
+)
+def test_shapes_follow_tree_and_chain(tree, chain, shapes):
+    assert measure.draft_shapes(tree, chain) == shapes
+
+
+def test_the_baseline_leaves_the_models_own_settings_as_they_were():
+    target = tiny_target()
+    target.model.generation_config.repetition_penalty = 5.0
+    plain, _ = measure.greedy_baseline(target, 6, *tokens([7, 8, 9]))
+    assert target.model.generation_config.repetition_penalty == 5.0
+    target.model.generation_config.repetition_penalty = 1.0
+    assert measure.greedy_baseline(target, 6, *tokens([7, 8, 9]))[0] == plain
+
+
+def tokens(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row of ids and its mask."""
+    row = torch.tensor([ids])
+    return row, torch.ones_like(row)
+
+
+def test_rows_of_unequal_length_count_the_same_alone_and_in_a_batch():
+    target = tiny_target()
+    prompts = [measure.Prompt(str(n), "", "", [], list(range(9, 9 + n))) for n in (3, 5)]
+    both, stats = measure.greedy_baseline(target, 6, *measure.left_padded(prompts, target))
+    alone = [measure.greedy_baseline(target, 6, *measure.left_padded([p], target)) for p in prompts]
+    assert both == [answers[0] for answers, _ in alone]
+    summed = measure.total([one for _, one in alone])
+    assert (stats.rounds, stats.new_tokens) == (summed.rounds, summed.new_tokens)
+    assert AcceptanceStats(stats.accepted).accepted_tokens == 0
