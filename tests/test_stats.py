@@ -88,7 +88,7 @@ def test_json_round_trip_gives_the_same_counts():
 
 
 def tokens_and_seconds(prompts: int) -> np.ndarray:
-    """Tokens of two arms (equal), then their seconds; the second is twice as fast. `[prompts, 4]`"""
+    """`[prompts, 4]`: tokens of two arms (equal), then seconds; the second is twice as fast."""
     rng = np.random.default_rng(5)
     tokens, speed = rng.integers(20, 130, prompts), rng.uniform(20, 40, prompts)
     return np.stack([tokens, tokens, tokens / speed, tokens / speed / 2], axis=1)
