@@ -21,6 +21,15 @@ TEMPERATURE, TOP_P = 1.0, 0.95
 MAX_TOKENS = 128  # a prompt that has not ended by then is dropped
 MIN_WORDS, MIN_DISTINCT, MIN_LETTERS = 4, 0.4, 0.5
 
+ASSISTANT_OPENINGS = (
+    "as an ai",
+    "i m sorry",
+    "i am sorry",
+    "sure here",
+    "here is the",
+    "here s the",
+)
+
 # What a kept prompt must not break, in the order in which the rules are tried.
 RULES: dict[str, Callable[[str], bool]] = {
     "too short": lambda text: len(text.split()) < MIN_WORDS,
@@ -33,14 +42,6 @@ RULES: dict[str, Callable[[str], bool]] = {
     "repetitive": lambda text: _distinct(text) < MIN_DISTINCT,
     "speaks as the assistant": lambda text: normalise(text).startswith(ASSISTANT_OPENINGS),
 }
-ASSISTANT_OPENINGS = (
-    "as an ai",
-    "i m sorry",
-    "i am sorry",
-    "sure here",
-    "here is the",
-    "here s the",
-)
 
 
 @dataclass
@@ -63,25 +64,25 @@ def write_prompts(
         target,
         None,
         prefix,
-        max_new_tokens=MAX_TOKENS,
+        max_new_tokens=min(MAX_TOKENS, target.context - prefix.shape[1]),
         temperature=TEMPERATURE,
         top_p=TOP_P,
         seed=seed * 1_000_003 + number,
     )
-    batch, dropped = SelfBatch(number), Counter()
+    batch, dropped = SelfBatch(number), Counter[str]()
     for row, ids in enumerate(out.answers):
         batch.tokens += len(ids)
         text = user_text(target, frame, ids)
         reason = broken_rule(target, text)
         if reason is None and normalise(text or "") in seen:
             reason = "duplicate"
-        if reason or text is None:
-            dropped[reason] += 1
+        if text is None or reason is not None:
+            dropped[str(reason)] += 1
             continue
         seen.add(normalise(text))
         name = f"self-{seed}-{number}-{row}"
         messages = [{"role": "user", "content": text}]
-        batch.kept.append({"id": name, "task": "self", "messages": messages})
+        batch.kept.append({"id": name, "task": "self", "messages": messages, "where": name})
     batch.dropped = dict(dropped)
     return batch
 

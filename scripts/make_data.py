@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from adaspec_eagle.answers import Settings, Tally, answer_prompts, answer_self, give_answers
-from adaspec_eagle.data import read_prompts
+from adaspec_eagle.data import HUB_SETS, Measured, Prompt, read_prompts, task_prompts
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
 
@@ -33,12 +33,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-prompt-tokens", type=int, help="drop longer prompts (what the context allows)")
     add("--batch-size", type=int, default=64, help="rows decoded together (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--exclude", nargs="+", default=[], metavar="FILE", help="measuring files to stay clear of")
+    add("--limit", type=int, help="use the first so many prompts of each source")
     add("--dtype", help="bfloat16, float32, float64 (by device)")
     return parser.parse_args(argv)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    for name in ("tokens", "max_new_tokens", "max_prompt_tokens", "batch_size"):
+    for name in ("tokens", "max_new_tokens", "max_prompt_tokens", "batch_size", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -52,22 +54,38 @@ def settings_of(args: argparse.Namespace) -> Settings:
         max_prompt_tokens=args.max_prompt_tokens,
         batch_size=args.batch_size,
         seed=args.seed,
+        exclude=Measured(args.exclude) if args.exclude else None,
     )
+
+
+def prompts_of(source: str, limit: int | None) -> list[Prompt]:
+    """Prompts of a file, or of a hub set's training part by its task name."""
+    if source in HUB_SETS and not Path(source).exists():
+        return task_prompts(source, limit, split="train")
+    if not Path(source).exists() and not Path(source).suffix:
+        raise UserError(
+            f"--prompts {source}: no such file, and not one of self, {', '.join(HUB_SETS)}"
+        )
+    return read_prompts(source, limit)
 
 
 def make(args: argparse.Namespace, settings: Settings) -> Tally:
     if "self" in args.prompts:
-        if len(args.prompts) > 1 or args.answers == "given":
-            raise UserError("--prompts self stands alone and its answers are the target's")
-        target = Target.load(args.target, dtype=args.dtype)
-        print(describe(target))
+        if len(args.prompts) > 1 or args.answers == "given" or args.limit:
+            raise UserError(
+                "--prompts self stands alone, is answered by the target, has no --limit"
+            )
+        target = load(args)
         return answer_self(target, args.out, settings, print)
-    prompts = [prompt for name in args.prompts for prompt in read_prompts(name)]
+    prompts = [prompt for source in args.prompts for prompt in prompts_of(source, args.limit)]
+    run = give_answers if args.answers == "given" else answer_prompts
+    return run(load(args), prompts, args.out, settings, print)
+
+
+def load(args: argparse.Namespace) -> Target:
     target = Target.load(args.target, dtype=args.dtype)
     print(describe(target))
-    if args.answers == "given":
-        return give_answers(target, prompts, args.out, settings)
-    return answer_prompts(target, prompts, args.out, settings, print)
+    return target
 
 
 def main(argv: list[str] | None = None) -> int:
