@@ -149,7 +149,7 @@ class DraftHead(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:
         """The output rows, and the target's bias where it has one: `[..., H]` -> `[..., Vd]`."""
         rows = self.lm_head.weight if self.config.train_output else self.output_rows
-        return functional.linear(hidden, rows.to(hidden.dtype), self.output_bias)
+        return functional.linear(hidden, rows, self.output_bias)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's embedding of tokens `[B, N]` -> `[B, N, H]`."""

@@ -1,0 +1,438 @@
+"""unroll(head, ...) and Distiller: training a draft head on a frozen target.
+
+Legend: S unroll steps, B rows, T positions, H hidden, M supervised target positions of a batch.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer
+
+from adaspec_eagle.attention import Unrolled
+from adaspec_eagle.cache import TreeCache
+from adaspec_eagle.data import Record
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.features import FeatureTable, split_rows, target_rows
+from adaspec_eagle.head import DraftHead
+from adaspec_eagle.losses import LOSSES, feature_regression, overlap
+from adaspec_eagle.selection import kept, select
+from adaspec_eagle.targets import Target
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a training stage minimises."""
+
+    loss: str = "fkl"  # a name in LOSSES
+    select: str = "none"  # "none" or "adaspec"
+    keep: Decimal = Decimal("0.4")  # k, for adaspec
+    unroll: int = 3  # S
+    decay: float = 0.8  # weight of step s: decay^s
+    mask_oov: bool = False  # leave out tokens whose target argmax is outside the draft vocabulary
+
+
+@dataclass
+class Batch:
+    """One micro-batch with what the target says about it."""
+
+    input_ids: Tensor  # [B, T], right-padded
+    rows: Tensor  # [M] batch row of each supervised target position
+    positions: Tensor  # [M] position p whose next token p + 1 is an answer token
+    features: Tensor  # [B, T, F * H]
+    hidden: Tensor  # [B, T, H], the target's last hidden states
+
+
+@dataclass
+class TargetTokens:
+    """The target at the supervised positions, shared by all steps and by both heads."""
+
+    logits: Tensor  # [M, Vd] over the draft vocabulary, float32 or float64
+    lse: Tensor | None  # [M] logsumexp over the full vocabulary, if asked for
+    argmax: Tensor | None  # [M] target id of the largest logit, if asked for
+
+
+class AnswerSet(Dataset):
+    """Records as the Trainer reads them: token ids, loss mask and, with a table, target rows."""
+
+    def __init__(self, records: Sequence[Record], table: FeatureTable | None = None) -> None:
+        self.records = records
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        record = self.records[index]
+        ids = torch.tensor(record.prompt_ids + record.answer_ids)
+        mask = torch.zeros(len(ids), dtype=torch.bool)
+        mask[len(record.prompt_ids) :] = True
+        item = {"input_ids": ids, "loss_mask": mask}
+        return item if self.table is None else item | {"target_rows": self.table[index]}
+
+    def lengths(self) -> list[int]:
+        """Tokens of each record, prompt included."""
+        return [len(record.prompt_ids) + len(record.answer_ids) for record in self.records]
+
+
+def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Pad on the right with zeros: ids `[B, T]`, loss_mask `[B, T]`, target_rows `[B, T, W]`."""
+    return {
+        name: torch.nn.utils.rnn.pad_sequence([item[name] for item in items], batch_first=True)
+        for name in items[0]
+    }
+
+
+def supervised(loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, position) `[M]` each of all p whose next token is an answer token."""
+    rows, positions = loss_mask[:, 1:].nonzero(as_tuple=True)
+    return rows, positions
+
+
+def step_masks(positions: Tensor, steps: int) -> Tensor:
+    """`[S, M]`: whether position p counts at step s.
+
+    The head's index at step s is i = p - 1 - s, so that i counts at step s exactly if token
+    i + 2 + s = p + 1 is an answer token; it must exist, which fails only for very short prompts.
+    """
+    return positions[None] - 1 - torch.arange(steps, device=positions.device)[:, None] >= 0
+
+
+def unroll(
+    head: DraftHead, features: Tensor, input_ids: Tensor, steps: int, begin: int = 0
+) -> list[Tensor]:
+    """Run the head `steps` times on its own hidden states, next tokens given (teacher forcing).
+
+    Step s pairs index i with token i + 1 + s, takes the hidden state of step s - 1 at i (the fused
+    features at s = 0), and attends causally to step 0 and to its own earlier steps at i: what the
+    decoder sees when it drafts token i + 2 + s. Training-time test, EAGLE-3 (arXiv 2503.01840,
+    section 3.2); HASS (arXiv 2408.15766). Later steps run from index `begin` on only. Returns S
+    hidden states: `[B, T, H]` for step 0, `[B, T - begin, H]` for the others.
+    """
+    length = input_ids.shape[1]
+    cache = TrainingCache()
+    positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+    hidden = head(head.fuse(features), _shifted(input_ids, 1), positions, None, cache, 0)
+    states = [hidden]
+    hidden = hidden[:, begin:]
+    for step in range(1, steps):
+        tokens = _shifted(input_ids, 1 + step)[:, begin:]
+        hidden = head(
+            hidden, tokens, positions[:, begin:] + step, Unrolled(length, begin), cache, step
+        )
+        states.append(hidden)
+    return states
+
+
+def _shifted(ids: Tensor, by: int) -> Tensor:
+    """Token i + by at index i `[B, T]`; the last indices, which nothing supervises, wrap around."""
+    return torch.roll(ids, -by, dims=1)
+
+
+class TrainingCache(TreeCache):
+    """Keys and values of the unrolled steps, appended so that gradients flow through them."""
+
+    def __init__(self) -> None:
+        super().__init__(num_layers=0)
+        self.layers_seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Append `[B, H, N, D]`; give all steps' columns."""
+        if layer_idx in self.layers_seen:
+            keys, values = self.layers_seen[layer_idx]
+            key_states = torch.cat([keys, key_states], dim=2)
+            value_states = torch.cat([values, value_states], dim=2)
+        self.layers_seen[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+
+def step_states(states: list[Tensor], batch: Batch, begin: int) -> list[Tensor]:
+    """Of each step's hidden states those that predict the supervised positions: S x `[M, H]`.
+
+    Positions without an index (step_masks) give some other row; their mask drops them.
+    """
+    picked = []
+    for step, hidden in enumerate(states):
+        index = batch.positions - 1 - step - (begin if step else 0)
+        picked.append(hidden[batch.rows, index.clamp(min=0)])
+    return picked
+
+
+def first_index(positions: Tensor, steps: int) -> int:
+    """The smallest index that a later step needs, over the whole batch."""
+    return max(0, int(positions.min()) - steps)
+
+
+def target_tokens(target: Target, head: DraftHead, batch: Batch, full: bool) -> TargetTokens:
+    """The target's logits on the draft vocabulary; with `full` what needs the whole vocabulary."""
+    hidden = batch.hidden[batch.rows, batch.positions].to(target.dtype)  # [M, H]
+    ids = head.draft_ids
+    exact = torch.float64 if target.dtype == torch.float64 else torch.float32
+    if not full and ids is not None:
+        return TargetTokens(target.logits(hidden, ids).to(exact), None, None)
+    logits = target.logits(hidden).to(exact)  # [M, V]
+    lse, argmax = logits.logsumexp(-1), logits.argmax(-1)
+    return TargetTokens(logits if ids is None else logits[:, ids], lse, argmax)
+
+
+@torch.no_grad()
+def make_batch(target: Target, head: DraftHead, item: Mapping[str, Tensor]) -> Batch:
+    """A collated item with the target's features: from the table, or by running the target."""
+    layers = head.config.feature_layers
+    ids = item["input_ids"].to(target.device)
+    if "target_rows" in item:
+        rows = item["target_rows"].to(target.device)
+    else:
+        rows = target_rows(target, ids, layers)
+    features, hidden = split_rows(rows, target, layers)
+    row, position = supervised(item["loss_mask"].to(target.device))
+    return Batch(ids, row, position, features, hidden)
+
+
+@torch.no_grad()
+def teacher_forced(
+    target: Target,
+    head: DraftHead,
+    answers: "AnswerSet | Sequence[Record]",
+    steps: int,
+    batch_size: int = 8,
+    loss: str = "fkl",
+) -> dict[str, Any]:
+    """Figures of a bound head on given answers: `loss`, `overlap`, `match` a step, and `tau_sim`.
+
+    Overlap is sum_v min(p, q) with the target's full-vocabulary p; match is whether head and target
+    have the same most probable token; both are means over the supervised positions. tau_sim = 1 +
+    mean of sum_s prod_{j <= s} match_j over the indices at which all steps count: the acceptance
+    length of a chain of `steps` drafts, exact for the target's own greedy answers, an approximation
+    for others.
+    """
+    answers = answers if isinstance(answers, AnswerSet) else AnswerSet(answers)
+    objective = Objective(loss=loss, unroll=steps)
+    lengths = torch.tensor(answers.lengths())
+    sums, counts = torch.zeros(3, steps, dtype=torch.float64), torch.zeros(steps)
+    products, places = 0.0, 0
+    for chosen in lengths.argsort(descending=True).split(batch_size):
+        batch = make_batch(target, head, collate([answers[int(i)] for i in chosen]))
+        tokens = target_tokens(target, head, batch, full=True)
+        figures, mask = _figures(head, objective, batch, tokens), step_masks(batch.positions, steps)
+        sums += torch.where(mask, figures, 0.0).sum(-1).cpu().double()
+        counts += mask.sum(-1).cpu()
+        run = _aligned(figures[2] * mask, batch).cumprod(0)  # [S, indices]
+        products, places = products + float(run.sum()), places + run.shape[1]
+    means = (sums / counts.clamp(min=1)).tolist()
+    tau_sim = 1 + products / max(places, 1)
+    return dict(zip(("loss", "overlap", "match"), means, strict=True)) | {"tau_sim": tau_sim}
+
+
+def _figures(
+    head: DraftHead, objective: Objective, batch: Batch, tokens: TargetTokens
+) -> Tensor:
+    """(loss, overlap, match) of every step and supervised position: `[3, S, M]`."""
+    begin = first_index(batch.positions, objective.unroll)
+    states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin)
+    steps = []
+    for hidden in step_states(states, batch, begin):
+        logits = head.logits(hidden).to(tokens.logits.dtype)
+        loss = LOSSES[objective.loss](logits, tokens.logits, target_lse=tokens.lse)
+        shared = overlap(logits, tokens.logits, target_lse=tokens.lse)
+        match = head.to_target(logits.argmax(-1)) == tokens.argmax
+        steps.append(torch.stack([loss, shared, match.to(loss.dtype)]))
+    return torch.stack(steps, dim=1)
+
+
+def _aligned(match: Tensor, batch: Batch) -> Tensor:
+    """Matches `[S, M]` by target position -> `[S, I]` by the head's index i = p - 1 - s.
+
+    Only indices at which all S steps are supervised; an answer is contiguous.
+    """
+    steps = match.shape[0]
+    rows, positions = batch.rows, batch.positions
+    flat = rows * (batch.input_ids.shape[1] + steps) + positions  # [M], ascending
+    whole = flat[steps - 1 :] - flat[: len(flat) - steps + 1] == steps - 1
+    first = whole.nonzero()[:, 0]  # m of step 0; step s stands at m + s
+    first = first[positions[first] >= 1]
+    return torch.stack([match[s, first + s] for s in range(steps)])
+
+
+def step_losses(
+    head: DraftHead, objective: Objective, batch: Batch, tokens: TargetTokens
+) -> Tensor:
+    """The loss of every supervised position at every step `[S, M]`, feature term included."""
+    begin = first_index(batch.positions, objective.unroll)
+    states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin)
+    exact, losses = tokens.logits.dtype, []
+    for hidden in step_states(states, batch, begin):
+        logits = head.logits(hidden).to(exact)  # [M, Vd]
+        loss = LOSSES[objective.loss](logits, tokens.logits, target_lse=tokens.lse)
+        if head.feature_loss:
+            feature = batch.hidden[batch.rows, batch.positions].to(exact)
+            regression = feature_regression(hidden.to(exact), feature)
+            loss = head.token_loss * loss + head.feature_loss * regression
+        losses.append(loss)
+    return torch.stack(losses)
+
+
+class Student(nn.Module):
+    """The head and its objective as one module: what the Trainer wraps, casts and synchronises."""
+
+    def __init__(self, head: DraftHead, objective: Objective) -> None:
+        super().__init__()
+        self.head = head
+        self.objective = objective
+
+    def forward(self, batch: Batch, tokens: TargetTokens) -> Tensor:
+        """Losses `[S, M]`."""
+        return step_losses(self.head, self.objective, batch, tokens)
+
+
+class Distiller(Trainer):
+    """transformers.Trainer that distils a frozen target into a draft head.
+
+    The loss is sum over steps s of decay^s x (sum over the selected tokens of the accumulation
+    window and of all processes) / (their number): AdaSPEC's Eq. 10 for each step, so that without
+    selection 8 x 1 and 1 x 8 batches give the same gradient. (The released AdaSPEC code divides by
+    all answer tokens, selected or not: a factor k.) Selection is per step, micro-batch and process,
+    as published, over answer tokens only; `select="adaspec"` needs a reference head.
+    """
+
+    def __init__(
+        self,
+        head: DraftHead,
+        *,
+        target: Target,
+        objective: Objective,
+        reference: DraftHead | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if objective.select == "adaspec" and reference is None:
+            raise UserError("--select adaspec needs a reference head (--reference DIR)")
+        super().__init__(model=Student(head, objective), data_collator=collate, **kwargs)
+        self.head = head
+        self.target = target
+        self.objective = objective
+        self.reference = reference
+        self.loss_is_scaled_for_ga = True  # by the counts of get_batch_samples
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
+        """The accumulation window's micro-batches, and how many tokens it selects a step `[S]`."""
+        window, counts = [], torch.zeros(self.objective.unroll, dtype=torch.long, device=device)
+        for item in itertools.islice(epoch_iterator, num_batches):
+            batch = make_batch(self.target, self.head, item)
+            tokens = target_tokens(self.target, self.head, batch, self.objective.mask_oov)
+            mask = step_masks(batch.positions, self.objective.unroll)  # [S, M]
+            if tokens.argmax is not None and self.head.draft_ids is not None:
+                mask = mask & self.head.t2d[tokens.argmax]
+            window.append({"batch": batch, "tokens": tokens, "mask": mask})
+            counts += self.selected(mask)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        return window, counts
+
+    def selected(self, mask: Tensor) -> Tensor:
+        """How many tokens each step will select of those in its mask `[S, M]`: `[S]`."""
+        numbers = mask.sum(1)
+        if self.objective.select == "none":
+            return numbers
+        wanted = [kept(int(number), self.objective.keep) for number in numbers]
+        return torch.tensor(wanted, device=mask.device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """The objective on one micro-batch; num_items_in_batch `[S]` as get_batch_samples gives."""
+        batch, tokens, mask = inputs["batch"], inputs["tokens"], inputs["mask"]
+        losses = model(batch, tokens)  # [S, M]
+        chosen = self.choose(losses, mask, batch, tokens)
+        assert num_items_in_batch is not None
+        sums = torch.where(chosen, losses, 0.0).sum(1)  # [S]
+        weights = self.objective.decay ** torch.arange(len(sums), device=sums.device)
+        loss = (weights * sums / num_items_in_batch.clamp(min=1)).sum()
+        return loss * self.accelerator.num_processes  # gradients are averaged over processes
+
+    def choose(self, losses: Tensor, mask: Tensor, batch: Batch, tokens: TargetTokens) -> Tensor:
+        """Which tokens count, `[S, M]` booleans."""
+        if self.objective.select == "none":
+            return mask
+        assert self.reference is not None
+        with torch.no_grad():
+            reference = step_losses(self.reference, self.objective, batch, tokens)
+        keep = self.objective.keep
+        rows = [select(d, r, m, keep) for d, r, m in zip(losses, reference, mask, strict=True)]
+        return torch.stack(rows)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Teacher-forced figures on held-back answers; `eval_tau_sim` picks the best checkpoint."""
+        answers = self.eval_dataset if eval_dataset is None else eval_dataset
+        self.head.eval()
+        with self.accelerator.autocast():
+            found = teacher_forced(
+                self.target,
+                self.head,
+                answers,
+                self.objective.unroll,
+                self.args.per_device_eval_batch_size,
+                loss=self.objective.loss,
+            )
+        self.head.train()
+        metrics = {f"{metric_key_prefix}_tau_sim": found["tau_sim"]}
+        for name in ("loss", "overlap", "match"):
+            for step, value in enumerate(found[name]):
+                metrics[f"{metric_key_prefix}_{name}_{step}"] = value
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        answers = self.train_dataset if train_dataset is None else train_dataset
+        rows = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        return LengthBuckets(answers.lengths(), rows, self.args.data_seed or self.args.seed)
+
+
+class LengthBuckets(Sampler):
+    """Shuffled batches of records of like length; the order follows from (seed, epoch) alone."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = torch.tensor(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        batches: list[Tensor] = []
+        for pool in order.split(32 * self.batch_size):
+            by_length = pool[self.lengths[pool].argsort(descending=True)]
+            batches += by_length.split(self.batch_size)
+        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        short = [batch for batch in batches if len(batch) < self.batch_size]
+        mixed = torch.randperm(len(whole), generator=generator).tolist()
+        for batch in [whole[i] for i in mixed] + short:
+            yield from batch.tolist()

@@ -1,0 +1,42 @@
+"""Training and decoding are the same computation."""
+
+import pytest
+import torch
+
+from adaspec_eagle.distill import unroll
+from adaspec_eagle.draft import Drafter, chain
+from adaspec_eagle.features import split_rows, target_rows
+from tests.tiny import ARCHITECTURES, tiny_head, tiny_target
+
+
+@pytest.mark.parametrize("name", ["eagle1", "eagle3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_unrolled_training_equals_incremental_decoding(arch, name):
+    """Hidden states of every step at every index equal those of a chain drafted from there."""
+    target = tiny_target(arch)
+    head = tiny_head(target, name)
+    steps, begin, length = 4, 3, 12
+    ids = torch.randint(8, target.vocab_size, (2, length))
+    layers = head.config.feature_layers
+    with torch.no_grad():
+        features, _ = split_rows(target_rows(target, ids, layers), target, layers)
+        states = unroll(head, features, ids, steps, begin)
+        for end in range(begin + 1, length - steps):  # the last committed index is end - 1
+            drafter = Drafter(head, chain(steps))
+            lengths = torch.tensor([begin + 1, begin + 1])
+            drafter.prefill(features[:, : begin + 1], ids[:, 1 : begin + 2], lengths)
+            for index in range(begin + 1, end):  # one accepted pair a round
+                drafter.advance(
+                    features[:, index : index + 1],
+                    ids[:, index + 1 : index + 2],
+                    torch.ones(2, dtype=torch.long),
+                    index + 1,
+                )
+            torch.testing.assert_close(drafter.hidden, states[0][:, end - 1])
+            hidden = drafter.hidden
+            for step in range(1, steps):  # the tokens that followed, as if drafted
+                tokens = ids[:, end + step][:, None]
+                seen = torch.ones(2, 1, step, dtype=torch.bool)
+                ahead = torch.full((2, 1), step - 1)
+                hidden = drafter._forward(hidden.view(2, 1, -1), tokens, ahead, seen, step)
+                torch.testing.assert_close(hidden[:, 0], states[step][:, end - 1 - begin])
