@@ -277,7 +277,8 @@ class ChatFrame:
 def chat_frame(target: Target) -> ChatFrame:
     """What all one-message conversations of this target begin and end with, default system turn
     included. Found in token ids, so that tokens that merge with the content are not in it."""
-    probes = ("apple tree", "1234", "Zebra?", "(x)", "éa")
+    own = [target.tokenizer.decode([target.vocab_size * i // 5]).strip() for i in (2, 3, 4)]
+    probes = ["apple tree", "1234", "Zebra?", "(x)", "éa", *filter(None, own)]
     rows = [target.chat_ids([{"role": "user", "content": text}]) for text in probes]
     return ChatFrame(_common_prefix(rows), _common_prefix([row[::-1] for row in rows])[::-1])
 
