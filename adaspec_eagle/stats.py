@@ -47,7 +47,8 @@ class AcceptanceStats:
         """P(depth d accepted) over all live pairs, for d = 1, 2, ..., as deep as a draft went.
 
         A draft too short to reach d counts as not accepted there, so 1 + the sum of this list is
-        the accepted length per round before trimming, and tau but for what the end token cut off.
+        the accepted length per round before trimming: tau, but for what was cut off each answer's
+        last round at the end token or the token limit.
         """
         reached = self._reached()
         return [reached[d] / self.rounds for d in range(1, self.depth + 1)] if self.rounds else []

@@ -209,7 +209,6 @@ def test_lossless_fails_where_an_answer_is_not_the_targets(here, capsys, monkeyp
 
 
 def test_acceptance_names_its_three_figures_apart(here, capsys):
-    pytest.importorskip("adaspec_eagle.distill")
     files = ("--prompts", "a.jsonl", "b.jsonl", "--chain", "3", "--out", "accepted")
     assert script("acceptance").main(arguments(*files)) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
