@@ -103,7 +103,7 @@ class DraftHead(nn.Module):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
-        self.bound_to: str | None = None  # fingerprint of the target whose rows are borrowed
+        self.bound_to: tuple | None = None  # weights, dtype and device of the rows borrowed
         nan = torch.full((1, config.hidden_size), float("nan"))
         self.register_buffer("embed_rows", nan, persistent=False)  # [V, H] once bound
         self.register_buffer("output_bias", None, persistent=False)  # [Vd] once bound
@@ -182,7 +182,8 @@ class DraftHead(nn.Module):
 
         Raises UserError if the sizes differ, or the weights do and `allow_other_target` is not set.
         """
-        if self.bound_to == target.fingerprint:
+        wanted = (target.fingerprint, target.dtype, target.device, self.training)
+        if self.bound_to == wanted:
             return self
         check_target(self.config, target, allow_other_target)
         self.to(target.device)
@@ -195,7 +196,7 @@ class DraftHead(nn.Module):
             self.output_rows = rows if ids is None else rows[ids].contiguous()
         bias = target.output_bias
         self.output_bias = None if bias is None else (bias if ids is None else bias[ids]).detach()
-        self.bound_to = target.fingerprint
+        self.bound_to = wanted
         return self
 
     def save(self, folder: str | Path, notes: dict[str, Any] | None = None) -> None:

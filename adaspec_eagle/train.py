@@ -1,0 +1,426 @@
+"""The training job: data, reference head, draft head, and what is written beside them."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from adaspec_eagle.answers import Settings, answer_self
+from adaspec_eagle.data import Record, load_training
+from adaspec_eagle.distill import AnswerSet, Distiller, Objective
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.features import MODES, FeatureTable, choose_mode, make_table, row_width
+from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new_head
+from adaspec_eagle.losses import LOSSES
+from adaspec_eagle.paths import default_cache_dir
+from adaspec_eagle.record import environment, write_json
+from adaspec_eagle.selection import parse_keep
+from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
+
+METHODS = {"adaspec": "adaspec", "distillspec": "none"}  # preset -> selection
+
+
+@dataclass
+class TrainConfig:
+    """Every default of `scripts/train_head.py`; written to OUT/run.json."""
+
+    target: str = DEFAULT_TARGET
+    data: list[str] = field(default_factory=list)  # answer files; none: the target writes them
+    tokens: int = 200_000  # answer tokens to write where no file is given
+    method: str = "adaspec"
+    loss: str = "fkl"
+    select: str | None = None  # None: by method
+    keep: str = "0.4"
+    reference: str | None = None  # folder of a reference head to use instead of training one
+    init: str | None = None  # folder of a head to start the draft head from
+    head: str = "eagle3"
+    unroll: int | None = None  # None: what the head asks for
+    decay: float = 0.8
+    draft_vocab: int = 8192
+    train_output: bool = False
+    mask_oov: bool = False
+    epochs: float = 3.0
+    reference_epochs: float | None = None  # None: as many as epochs
+    lr: float = 1e-3
+    batch_size: int = 8
+    accumulate: int = 1
+    max_length: int = 512
+    held_back: int = 64  # records kept for evaluation (at most a tenth)
+    evaluations: int = 6  # a stage
+    features: str | None = None  # memory, disk, recompute; None: by size
+    seed: int = 0
+    dtype: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        parse_keep(self.keep)
+        choices = (
+            ("method", self.method, METHODS),
+            ("loss", self.loss, LOSSES),
+            ("select", self.select, (None, "none", "adaspec")),
+            ("features", self.features, (None, *MODES)),
+        )
+        for name, value, known in choices:
+            if value not in known:
+                raise UserError(f"unknown --{name} {value!r}; choose one of {', '.join(map(str, known))}")
+        least = {"batch_size": 1, "accumulate": 1, "max_length": 4, "draft_vocab": 1, "tokens": 1}
+        least |= {"evaluations": 1, "held_back": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {getattr(self, name)}: must be at least {low}")
+        if self.unroll is not None and self.unroll < 1:
+            raise UserError(f"--unroll {self.unroll}: must be at least 1")
+        if self.epochs <= 0 or self.lr <= 0 or (self.reference_epochs or 1) <= 0:
+            raise UserError("--epochs, --reference-epochs and --lr must be above 0")
+
+    @property
+    def selection(self) -> str:
+        """The selection in force."""
+        return self.select or METHODS[self.method]
+
+
+@dataclass
+class Job:
+    """A training run on its way: what its stages share."""
+
+    config: TrainConfig
+    out: Path
+    target: Target
+    train: AnswerSet
+    held_back: AnswerSet
+    vocab: torch.Tensor  # [Vd] target ids
+    facts: dict[str, Any]  # about data, vocabulary and features, for train.json
+
+
+def run_training(config: TrainConfig, out: Path, resume: bool = False) -> Path:
+    """Train OUT/reference (where the selection needs one) and OUT/head; the latter's folder.
+
+    A finished stage is not run again when resuming. Raises UserError for bad input, Interrupted
+    when Ctrl-C stopped it after a checkpoint.
+    """
+    config = _settle(config, out, resume)
+    target = Target.load(config.target, config.dtype, config.device)
+    _say(describe(target))
+    config.unroll = config.unroll or head_class(config.head).default_unroll
+    job = _prepare(config, out, target)
+    reference = None
+    if config.selection == "adaspec":
+        reference = _reference(job)
+    objective = Objective(
+        config.loss,
+        config.selection,
+        parse_keep(config.keep),
+        config.unroll,
+        config.decay,
+        config.mask_oov,
+    )
+    return _stage(job, "head", objective, config.epochs, reference)
+
+
+def _reference(job: Job) -> DraftHead:
+    """The reference head: loaded, or trained by plain distillation first."""
+    config = job.config
+    if config.reference:
+        return load_head(config.reference, job.target)
+    assert config.unroll is not None
+    plain = Objective(config.loss, "none", unroll=config.unroll, decay=config.decay)
+    plain = replace(plain, mask_oov=config.mask_oov)
+    epochs = config.reference_epochs or config.epochs
+    return load_head(_stage(job, "reference", plain, epochs, None), job.target)
+
+
+def _settle(config: TrainConfig, out: Path, resume: bool) -> TrainConfig:
+    """Write the config beside the result; when resuming take the one that is there."""
+    path = out / "run.json"
+    if resume:
+        if not path.exists():
+            raise UserError(f"nothing to resume in {out}: {path} is missing; start without --resume")
+        return TrainConfig(**json.loads(path.read_text())["config"])
+    if path.exists():
+        raise UserError(
+            f"{out} holds a run already; go on with it (--resume), or choose another --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"config": asdict(config), "environment": environment()})
+    return config
+
+
+def _prepare(config: TrainConfig, out: Path, target: Target) -> Job:
+    """Read or make the data, choose the draft vocabulary, compute the features."""
+    paths = config.data or [str(_self_written(config, target))]
+    records = load_training(paths, target, min(config.max_length, target.context))
+    train, held = split_records(records, config.held_back, config.seed)
+    vocab, coverage = draft_vocab(train, target, config.draft_vocab)
+    answers = sum(len(record.answer_ids) for record in train)
+    _say(
+        f"{len(train)} records, {answers:,} answer tokens to train on, {len(held)} held back; draft "
+        f"vocabulary {len(vocab):,} of {target.vocab_size:,} covers {coverage:.2%} of answer tokens"
+    )
+    facts = {
+        "files": paths,
+        "records": len(train),
+        "held_back": len(held),
+        "answer_tokens": answers,
+        "tasks": dict(Counter(record.task for record in train)),
+        "draft_vocab": len(vocab),
+        "coverage": coverage,
+    }
+    layers = head_class(config.head).feature_layers(target.num_layers)
+    lengths = AnswerSet([*train, *held]).lengths()
+    if config.features is None:
+        width = row_width(target, layers)
+        config.features = choose_mode(lengths, width, target.dtype, out)
+        saved = json.loads((out / "run.json").read_text())
+        write_json(out / "run.json", saved | {"config": asdict(config)})
+    facts["features"] = config.features
+    tables: list[FeatureTable | None] = [None, None]
+    if config.features != "recompute":
+        begin = time.perf_counter()
+        table = _features(target, [*train, *held], layers, out, config.features)
+        facts["feature_seconds"] = time.perf_counter() - begin
+        cut = len(train)
+        tables = [
+            FeatureTable(table.rows, table.offsets[: cut + 1]),
+            FeatureTable(table.rows, table.offsets[cut:]),
+        ]
+    return Job(
+        config, out, target, AnswerSet(train, tables[0]), AnswerSet(held, tables[1]), vocab, facts
+    )
+
+
+def _self_written(config: TrainConfig, target: Target) -> Path:
+    """Data that the target writes itself, kept in the user's cache for the next run."""
+    path = default_cache_dir() / "data" / f"self-{target.fingerprint}-seed{config.seed}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _say(f"no --data: {target.name} writes {config.tokens:,} answer tokens to {path}")
+    answer_self(target, path, Settings(tokens=config.tokens, seed=config.seed), _say)
+    return path
+
+
+def split_records(
+    records: list[Record], held_back: int, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """(training, held back): at most `held_back` records and at most a tenth, drawn by seed."""
+    count = min(held_back, len(records) // 10) or 1
+    if len(records) < 2:
+        raise UserError("one record is too few: training needs some, evaluation needs others")
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = sorted(order[:count])
+    chosen = set(held)
+    return [r for i, r in enumerate(records) if i not in chosen], [records[i] for i in held]
+
+
+def draft_vocab(
+    records: Sequence[Record], target: Target, size: int
+) -> tuple[torch.Tensor, float]:
+    """The `size` most frequent answer tokens as ids `[Vd]`, and the share of answers they cover.
+
+    End tokens are always in; ties and what is left over go to the lower id.
+    """
+    counts = torch.zeros(target.vocab_size, dtype=torch.long)
+    for record in records:
+        counts += torch.bincount(torch.tensor(record.answer_ids), minlength=target.vocab_size)
+    total = int(counts.sum())
+    ranked = counts.clone()
+    ranked[target.eos_token_ids] = total + 1
+    ids = ranked.sort(descending=True, stable=True).indices[: min(size, target.vocab_size)]
+    return ids.sort().values, float(counts[ids].sum()) / total
+
+
+def _features(
+    target: Target, records: list[Record], layers: list[int], out: Path, mode: str
+) -> FeatureTable:
+    """The feature table of all records, with a progress bar; on disk under OUT/features."""
+    file = None
+    if mode == "disk":
+        (out / "features").mkdir(exist_ok=True)
+        file = out / "features" / "rows.bin"
+    ids = [record.prompt_ids + record.answer_ids for record in records]
+    columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens, left"))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=sum(map(len, ids)))
+        for done, table in make_table(target, ids, layers, file):
+            bar.update(task, completed=done)
+    return table
+
+
+def _stage(
+    job: Job, name: str, objective: Objective, epochs: float, reference: DraftHead | None
+) -> Path:
+    """Train one head to OUT/NAME, from its last checkpoint if there is one."""
+    folder = job.out / name
+    if (folder / "train.json").exists():
+        _say(f"{folder} is finished already")
+        return folder
+    _say(f"training {folder}: selection {objective.select}, {epochs:g} epochs")
+    head = _fresh_head(job, name)
+    checkpoints = job.out / "checkpoints" / name
+    trainer = Distiller(
+        head,
+        target=job.target,
+        objective=objective,
+        reference=reference,
+        args=_arguments(job, checkpoints, epochs),
+        train_dataset=job.train,
+        eval_dataset=job.held_back,
+        callbacks=[StopGently(), ProgressLine()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    last = newest_checkpoint(checkpoints)
+    begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of {name}; "
+            f"go on with --out {job.out} --resume"
+        )
+    notes = {
+        "config": asdict(job.config),
+        "stage": name,
+        "objective": asdict(objective) | {"keep": str(objective.keep)},
+        "data": job.facts,
+        "epochs": epochs,
+        "steps": trainer.state.max_steps,
+        "answer_token_passes": round(job.facts["answer_tokens"] * epochs),
+        "best_tau_sim": trainer.state.best_metric,
+        "best_step": trainer.state.best_global_step,
+        "seconds_since_last_start": time.perf_counter() - begin,
+        "environment": environment(),
+        "curves": trainer.state.log_history,
+    }
+    head.eval().to(job.target.dtype).save(folder, notes)
+    return folder
+
+
+def _fresh_head(job: Job, name: str) -> DraftHead:
+    """A bound head in training mode: new weights, or those of --init for the draft head."""
+    config, target = job.config, job.target
+    if config.init and name == "head":
+        head = load_head(config.init, target)
+        if head.config.head != config.head:
+            raise UserError(f"--init {config.init} is a {head.config.head} head, not {config.head}")
+    else:
+        sizes = HeadConfig.for_target(
+            config.head, target, len(job.vocab), train_output=config.train_output
+        )
+        head = new_head(sizes, config.seed)
+        head.set_draft_vocab(job.vocab)
+        if config.train_output:
+            with torch.no_grad():
+                head.lm_head.weight.copy_(target.output_rows[job.vocab])
+    full = target.dtype in (torch.bfloat16, torch.float16)
+    return head.train().to(torch.float32 if full else target.dtype).bind(target)
+
+
+def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
+    """The Trainer's arguments for one stage."""
+    config = job.config
+    window = config.batch_size * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    steps = max(1, round(len(job.train) / window * epochs))
+    every = max(1, steps // config.evaluations)
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 50),
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=job.target.dtype == torch.bfloat16,
+        fp16=job.target.dtype == torch.float16,
+        use_cpu=job.target.device.type == "cpu",
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=every,
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="tau_sim",
+        greater_is_better=True,
+        logging_steps=min(20, every),
+        report_to=["tensorboard"],
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_pin_memory=False,
+        seed=config.seed,
+    )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint: trainer_state.json is what the Trainer writes last."""
+    found = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if p.stat().st_size]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class Interrupted(UserError):
+    """Ctrl-C stopped the training after the step in hand, with a checkpoint."""
+
+
+class StopGently(TrainerCallback):
+    """Ctrl-C finishes the step, saves a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: Any = None
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Take over SIGINT."""
+
+        def ask(signum: int, frame: FrameType | None) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            _say("stopping after this step ...")
+
+        self.before = signal.signal(signal.SIGINT, ask)
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Save and stop if asked."""
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Give SIGINT back."""
+        signal.signal(signal.SIGINT, self.before)
+
+
+class ProgressLine(TrainerCallback):
+    """A line a held-back evaluation; the bar itself is the Trainer's."""
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Print tau_sim and the matches of all steps."""
+        found = kwargs["metrics"]
+        match = [v for k, v in found.items() if k.startswith("eval_match_")]
+        text = " ".join(f"{value:.3f}" for value in match)
+        _say(
+            f"step {state.global_step}/{state.max_steps}: tau_sim {found['eval_tau_sim']:.3f}, "
+            f"top-1 match by step {text}"
+        )
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")

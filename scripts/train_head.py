@@ -1,0 +1,84 @@
+"""Train a draft head for a target: reference head first, then the draft head (AdaSPEC).
+
+    python scripts/train_head.py --target phi-2
+    python scripts/train_head.py --data answers.jsonl.gz --epochs 3 --out runs/mine
+    python scripts/train_head.py --out runs/mine --resume
+"""
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from adaspec_eagle.errors import run_main
+from adaspec_eagle.targets import ALIASES
+from adaspec_eagle.train import METHODS, TrainConfig, run_training
+
+HELP = {
+    "target": f"one of {', '.join(ALIASES)}; a hub id; a folder",
+    "data": "JSON Lines of answers (make_data.py); without it the target writes them itself",
+    "tokens": "answer tokens to write where no --data is given",
+    "method": f"preset of --select and stages: {', '.join(METHODS)}",
+    "loss": "fkl, rkl, jsd or tv",
+    "select": "none or adaspec; by default as the method says",
+    "keep": "the fraction k of tokens that adaspec trains on",
+    "reference": "folder of a reference head to use instead of training one",
+    "init": "folder of a head to start the draft head from",
+    "head": "eagle1, eagle3, a dotted module or a path.py",
+    "unroll": "training steps on the head's own hidden states (eagle3 3, eagle1 1)",
+    "decay": "weight of step s is decay^s",
+    "draft_vocab": "size of the draft vocabulary",
+    "train_output": "output rows of the head's own instead of the target's, frozen",
+    "mask_oov": "leave out tokens whose target argmax is outside the draft vocabulary (EAGLE)",
+    "epochs": "passes over the data for the draft head",
+    "reference_epochs": "passes for the reference head (as many as --epochs)",
+    "lr": "peak learning rate (AdamW, cosine)",
+    "batch_size": "records of a micro-batch",
+    "accumulate": "micro-batches of a step",
+    "max_length": "tokens of a record, prompt included; longer answers are cut",
+    "held_back": "records kept for evaluation, at most a tenth",
+    "evaluations": "evaluations and checkpoints of a stage",
+    "features": "memory, disk or recompute; by default by size",
+    "seed": "of weights, batches and self-written data",
+    "dtype": "bfloat16, float32 or float64; by default what the device computes natively",
+    "device": "cpu, cuda, cuda:1, ...",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """One flag a field of TrainConfig."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for option in fields(TrainConfig):
+        flag, note = "--" + option.name.replace("_", "-"), HELP[option.name]
+        default = getattr(TrainConfig(), option.name)
+        if isinstance(default, bool):
+            made.add_argument(flag, action="store_true", help=note)
+        elif isinstance(default, list):
+            made.add_argument(flag, nargs="+", default=[], help=note)
+        else:
+            kinds = {"int": int, "float": float}
+            kind = kinds.get(str(getattr(option.type, "__name__", option.type)).split(" ")[0], str)
+            shown = "" if default is None else f" (default {default})"
+            made.add_argument(flag, type=kind, default=default, help=note + shown)
+    made.add_argument("--out", type=Path, help="folder of the run (runs/TARGET-HEAD-METHOD)")
+    made.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; print the draft head's folder on the last line."""
+    options = vars(parser().parse_args(argv))
+    out, resume = options.pop("out"), options.pop("resume")
+    config = TrainConfig(**options)
+    if out is None:
+        name = Path(config.target).name
+        out = Path("runs") / f"{name}-{Path(config.head).stem}-{config.method}"
+    folder = run_training(config, out, resume)
+    print(f"head: {folder}\nmeasure it: python eval/speedup.py --tree --head {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
