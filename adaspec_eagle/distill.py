@@ -20,7 +20,7 @@ from adaspec_eagle.data import Record
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import FeatureTable, split_rows, target_rows
 from adaspec_eagle.head import DraftHead
-from adaspec_eagle.losses import LOSSES, feature_regression, overlap
+from adaspec_eagle.losses import LOSSES, feature_regression, overlap, per_token
 from adaspec_eagle.selection import kept, select
 from adaspec_eagle.targets import Target
 
@@ -268,9 +268,20 @@ def step_losses(
     begin = first_index(batch.positions, objective.unroll)
     states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin)
     exact, losses = tokens.logits.dtype, []
+
+    def loss_of(rows: Tensor, place: slice) -> Tensor:
+        lse = None if tokens.lse is None else tokens.lse[place]
+        logits = head.project(rows).to(exact)
+        return LOSSES[objective.loss](logits, tokens.logits[place], target_lse=lse)
+
     for hidden in step_states(states, batch, begin):
-        logits = head.logits(hidden).to(exact)  # [M, Vd]
-        loss = LOSSES[objective.loss](logits, tokens.logits, target_lse=tokens.lse)
+        rows = head.readout(hidden)  # [M, H]
+        if torch.is_autocast_enabled(rows.device.type):  # cast here: autocast's cache of leaves
+            rows = rows.to(torch.get_autocast_dtype(rows.device.type))  # knows nothing of chunks
+        if head.config.train_output:  # the output rows need a gradient too
+            loss = loss_of(rows, slice(None))
+        else:
+            loss = per_token(rows, loss_of, tokens.logits.shape[1])
         if head.feature_loss:
             feature = batch.hidden[batch.rows, batch.positions].to(exact)
             regression = feature_regression(hidden.to(exact), feature)

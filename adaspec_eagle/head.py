@@ -91,7 +91,7 @@ class HeadConfig:
 class DraftHead(nn.Module):
     """Base of all heads; a file in heads/ defines its subclass under the name `Head`.
 
-    A subclass gives `feature_layers`, `fuse`, `forward` and, where its output differs, `logits`.
+    A subclass gives `feature_layers`, `fuse`, `forward` and, if its output has a norm, `readout`.
     The embedding and, unless `train_output`, the output rows are borrowed from the target by
     `bind`: they are no part of `state_dict`, and NaN until then, so that a forgotten bind shows.
     """
@@ -142,9 +142,13 @@ class DraftHead(nn.Module):
         """
         raise NotImplementedError
 
+    def readout(self, hidden: Tensor) -> Tensor:
+        """What stands between `forward`'s hidden states and the output rows; nothing, here."""
+        return hidden
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits `[..., Vd]` of hidden states `[..., H]` that `forward` gave."""
-        return self.project(hidden)
+        return self.project(self.readout(hidden))
 
     def project(self, hidden: Tensor) -> Tensor:
         """The output rows, and the target's bias where it has one: `[..., H]` -> `[..., Vd]`."""

@@ -14,15 +14,15 @@ from torch.nn import functional
 
 Loss = Callable[..., Tensor]
 
+CHUNK_NUMBERS = 1 << 19  # logits of one chunk: small enough to stay in a core's cache
+
 
 def forward_kl(
     draft_logits: Tensor, target_logits: Tensor, *, target_lse: Tensor | None = None
 ) -> Tensor:
     """KL(p || q), the distillation loss of DistillSpec (arXiv 2310.08461) and AdaSPEC."""
-    p = target_logits.softmax(-1)
-    cross = draft_logits.logsumexp(-1) - (p * draft_logits).sum(-1)
-    own = target_logits.logsumexp(-1) - (p * target_logits).sum(-1)
-    return cross - own
+    log_p, log_q = target_logits.log_softmax(-1), draft_logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def reverse_kl(
@@ -69,3 +69,25 @@ LOSSES: dict[str, Loss] = {
     "jsd": jensen_shannon,
     "tv": total_variation,
 }
+
+
+def per_token(hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor], width: int) -> Tensor:
+    """Losses `[M]` of rows `[M, H]` without ever holding `[M, width]` numbers.
+
+    loss_of(rows of hidden, their place) gives one loss a row, which may depend on that row and on
+    constants only: no gradient reaches anything but `hidden`. Since rows are independent, each
+    chunk's gradient is taken at once and its logits dropped. Equal to loss_of(hidden, all), value
+    and gradient.
+    """
+    rows = max(1, CHUNK_NUMBERS // width)
+    places = [slice(begin, begin + rows) for begin in range(0, len(hidden), rows)]
+    if not (torch.is_grad_enabled() and hidden.requires_grad):
+        return torch.cat([loss_of(hidden[place], place) for place in places])
+    losses, gradients = [], []
+    for place in places:
+        chunk = hidden[place].detach().requires_grad_()
+        loss = loss_of(chunk, place)
+        gradients.append(torch.autograd.grad(loss.sum(), chunk)[0])
+        losses.append(loss.detach())
+    nothing = hidden - hidden.detach()  # zero, but for its gradient
+    return torch.cat(losses) + (nothing * torch.cat(gradients)).sum(-1)

@@ -123,6 +123,8 @@ def broken_rule(target: Target, text: str | None) -> str | None:
         return "template marker"
     if any(line.startswith(("User:", "Assistant:", "System:")) for line in text.splitlines()):
         return "template marker"
+    if text.split("\n")[0].strip().casefold() in ("user", "assistant", "system"):
+        return "template marker"
     return next((name for name, breaks in RULES.items() if breaks(text)), None)
 
 

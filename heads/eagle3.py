@@ -78,6 +78,6 @@ class Head(DraftHead):
             past_key_values=cache,
         )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm, then the output rows."""
-        return self.project(self.norm(hidden))
+    def readout(self, hidden: Tensor) -> Tensor:
+        """The final norm."""
+        return self.norm(hidden)
