@@ -201,6 +201,7 @@ def test_a_turn_may_end_with_words_of_the_template():
         ("I'm sorry, but I cannot do that", "speaks as the assistant"),
         ("Tell me more <s> about this", "template marker"),
         ("Tell me more\nAssistant: about this", "template marker"),
+        ("Assistant\nCan you tell me more about this?", "template marker"),
         (None, "not ended after 128 tokens"),
     ],
 )
