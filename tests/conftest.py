@@ -1,0 +1,42 @@
+"""Settings for all tests: no network, one thread for tiny models, the real data if it is there."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest  # noqa: E402 - the environment comes first
+import torch  # noqa: E402
+
+from adaspec_eagle.errors import UserError  # noqa: E402
+from adaspec_eagle.targets import DEFAULT_TARGET, Target  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _few_threads(request: pytest.FixtureRequest):
+    """One thread for tiny models, where more only wait for one another; all for the real target."""
+    before = torch.get_num_threads()
+    if "real_target" not in request.fixturenames:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def real_target() -> Target:
+    """The default target in float32; the tests that need it are skipped where it cannot be had."""
+    try:
+        return Target.load(DEFAULT_TARGET, dtype="float32")
+    except UserError as error:
+        pytest.skip(f"the default target is not there: {error}")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Prompt files to measure on: $ADASPEC_DATA, else ../shared/data beside the checkout."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("ADASPEC_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no prompt files in {folder}; set ADASPEC_DATA to a folder with dev/*.jsonl")
+    return folder

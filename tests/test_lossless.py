@@ -1,0 +1,149 @@
+"""The output is the target's own, in float64, for every head, tree, architecture and batch."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adaspec_eagle import generate
+from adaspec_eagle.draft import Dynamic, chain
+from adaspec_eagle.head import DraftHead, HeadConfig
+from tests.tiny import ARCHITECTURES, VOCAB, tiny_head, tiny_target
+
+TREES = ["chain:3", "static", Dynamic(nodes=12, depth=4, width=4)]
+
+
+def prompts(rows: int) -> tuple[Tensor, Tensor]:
+    """Ragged prompts, padded on the left: ids and attention mask `[B, 9]`."""
+    torch.manual_seed(11)
+    ids = torch.randint(8, VOCAB, (rows, 9))
+    mask = torch.ones_like(ids)
+    for row, gap in enumerate([0, 3, 6][:rows]):
+        ids[row, :gap] = mask[row, :gap] = 0
+    return ids, mask
+
+
+def reference(target, ids, mask, new=24):
+    return target.model.generate(
+        ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("tree", TREES, ids=["chain", "static", "dynamic"])
+@pytest.mark.parametrize("name", ["eagle1", "eagle3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_output_equals_the_targets_own(arch, name, tree, rows):
+    target = tiny_target(arch)
+    head = tiny_head(target, name, draft_vocab=None if rows == 1 else 40)
+    ids, mask = prompts(rows)
+    found = generate(target, head, ids, mask, tree=tree, max_new_tokens=24)
+    assert torch.equal(found.sequences, reference(target, ids, mask))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_plain_loop_equals_generate_and_has_tau_one(arch):
+    target = tiny_target(arch)
+    ids, mask = prompts(3)
+    found = generate(target, None, ids, mask, max_new_tokens=24)
+    assert torch.equal(found.sequences, reference(target, ids, mask))
+    assert found.stats.tau == 1.0
+
+
+def test_right_padding_gives_the_same_answers():
+    target = tiny_target()
+    head = tiny_head(target)
+    ids, mask = prompts(3)
+    left = generate(target, head, ids, mask, max_new_tokens=16)
+    rolled = torch.stack([row.roll(-int((m == 0).sum())) for row, m in zip(ids, mask, strict=True)])
+    order = mask.sort(dim=1, descending=True).values
+    right = generate(target, head, rolled, order, max_new_tokens=16)
+    assert left.answers == right.answers
+
+
+class Oracle(DraftHead):
+    """Drafts the known continuation down to `depth`, and something else below."""
+
+    def __init__(self, config: HeadConfig, truth: list[list[int]], depth: int) -> None:
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.truth, self.depth = truth, depth
+
+    @staticmethod
+    def feature_layers(num_layers):
+        return [num_layers]
+
+    def fuse(self, features):
+        return features
+
+    def forward(self, hidden, tokens, positions, mask, cache, step):
+        keys = torch.zeros(tokens.shape[0], 1, tokens.shape[1], 1, dtype=hidden.dtype)
+        cache.update(keys, keys, 0)
+        guess = torch.zeros_like(hidden)
+        for b, row in enumerate(tokens.tolist()):
+            for n, token in enumerate(row):
+                place = int(positions[b, n]) + 1  # where `token` stands
+                known = [t for t in self.truth if len(t) > place + 1 and t[place] == token]
+                following = known[0][place + 1] if known else 0
+                guess[b, n, 0] = following if step < self.depth else (following + 1) % VOCAB
+        return guess
+
+    def logits(self, hidden):
+        return nn.functional.one_hot(hidden[..., 0].long(), VOCAB).to(hidden.dtype)
+
+
+def oracle(target, ids, mask, depth) -> Oracle:
+    long = generate(target, None, ids, mask, max_new_tokens=60, ignore_eos=True)
+    truth = [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)]
+    truth = [t + answer for t, answer in zip(truth, long.answers, strict=True)]
+    config = HeadConfig.for_target("eagle1", target, target.vocab_size)
+    return Oracle(config, truth, depth).eval()
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 4])
+def test_a_draft_that_is_right_to_a_known_depth_is_accepted_to_that_depth(depth):
+    target = tiny_target("qwen3")
+    ids, mask = prompts(1)
+    head = oracle(target, ids, mask, depth)
+    found = generate(
+        target, head, ids, mask, tree=chain(4), max_new_tokens=31, ignore_eos=True
+    )
+    assert found.stats.accepted == [0] * depth + [found.stats.rounds]
+    assert found.stats.rounds == -(-30 // (depth + 1))
+    plain = generate(target, None, ids, mask, max_new_tokens=31, ignore_eos=True)
+    assert torch.equal(found.sequences, plain.sequences)
+
+
+@pytest.mark.parametrize("tree", TREES, ids=["chain", "static", "dynamic"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_accepted_nodes_are_committed_in_ragged_rows(arch, tree):
+    """Rows accept unequal numbers and end at unequal times; every row is what it is alone."""
+    target = tiny_target(arch)
+    ids, mask = prompts(3)
+    head = oracle(target, ids, mask, depth=3)
+    found = generate(target, head, ids, mask, tree=tree, max_new_tokens=24)
+    assert torch.equal(found.sequences, reference(target, ids, mask))
+    assert found.stats.tau > 1.5
+    for row in range(3):
+        alone = ids[row][mask[row].bool()][None]
+        assert generate(target, head, alone, max_new_tokens=24).answers[0] == found.answers[row]
+
+
+def test_growing_the_cache_changes_nothing():
+    target = tiny_target()
+    head = tiny_head(target)
+    ids, mask = prompts(1)
+    cache = target.new_cache(capacity=4)
+    positions = torch.arange(9)[None]
+    target.forward(ids, positions, cache=cache)
+    assert cache.capacity >= 9
+    found = generate(target, head, ids, mask, max_new_tokens=300)
+    assert torch.equal(found.sequences, reference(target, ids, mask, new=300))
+
+
+def test_generation_leaves_the_model_as_it_was():
+    target = tiny_target()
+    head = tiny_head(target)
+    before = target.model.config._attn_implementation, set(vars(target.model))
+    ids, mask = prompts(1)
+    generate(target, head, ids, mask, max_new_tokens=8)
+    assert (target.model.config._attn_implementation, set(vars(target.model))) == before

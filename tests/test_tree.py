@@ -1,0 +1,161 @@
+"""Trees: ancestors, order, selection of nodes; attention against its plain twin."""
+
+import pytest
+import torch
+
+from adaspec_eagle.attention import Unrolled, additive_mask, grouped_attention
+from adaspec_eagle.draft import Dynamic, Drafter, chain, parse_shape, static_tree
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.tree import DraftTree, ancestor_mask, select_nodes
+from adaspec_eagle.verify import emitted, match, pick
+from tests.tiny import tiny_head, tiny_target
+
+
+def walk_up(parents: list[int], node: int) -> set[int]:
+    seen = {node}
+    while node:
+        node = parents[node]
+        seen.add(node)
+    return seen
+
+
+def test_ancestor_mask_equals_walking_up():
+    parents = [0, 0, 0, 1, 1, 2, 5, 6, 6]
+    mask = ancestor_mask(torch.tensor([parents]), depth=4)[0]
+    for node in range(len(parents)):
+        assert set(mask[node].nonzero()[:, 0].tolist()) == walk_up(parents, node)
+
+
+@pytest.mark.parametrize("shape", [chain(4), static_tree(9), Dynamic(9, 4, 3)])
+def test_grown_trees_are_in_order_and_siblings_differ(shape):
+    target = tiny_target()
+    drafter = Drafter(tiny_head(target), shape)
+    ids = torch.randint(8, 97, (3, 8))
+    features = torch.randn(3, 8, 96, dtype=torch.float64)
+    with torch.no_grad():
+        drafter.prefill(features, ids, torch.tensor([8, 5, 2]))
+        tree = drafter.grow(torch.tensor([9, 10, 11]))
+    assert tree.tokens[:, 0].tolist() == [9, 10, 11]
+    for row in range(3):
+        parents, depths = tree.parents[row].tolist(), tree.depths[row].tolist()
+        assert all(parents[n] < n and depths[n] == depths[parents[n]] + 1 for n in range(1, len(parents)))
+        named = list(zip(parents[1:], tree.tokens[row, 1:].tolist(), strict=True))
+        assert len(set(named)) == len(named)
+
+
+def test_dynamic_tree_holds_the_most_probable_paths():
+    """Against brute force: the scores of all paths, each token by a forward of its own."""
+    target = tiny_target()
+    head = tiny_head(target)
+    ids = torch.randint(8, 97, (1, 8))
+    features = torch.randn(1, 8, 96, dtype=torch.float64)
+    shape = Dynamic(nodes=10, depth=3, width=40)  # a beam as wide as the vocabulary: no pruning
+    with torch.no_grad():
+        drafter = Drafter(head, shape)
+        drafter.prefill(features, ids, torch.tensor([8]))
+        tree = drafter.grow(torch.tensor([9]))
+        first = drafter.logits.float().log_softmax(-1)[0]
+        best = head.to_target(first.topk(1).indices)
+        assert int(tree.tokens[0, tree.depths[0] == 1][0]) == int(best)
+        paths = {(int(head.to_target(torch.tensor(t))),): float(first[t]) for t in range(40)}
+        seconds = {}
+        for t in first.topk(12).indices.tolist():
+            token = head.to_target(torch.tensor([[t]]))
+            seen = torch.ones(1, 1, 1, dtype=torch.bool)
+            hidden = drafter._forward(
+                drafter.hidden[:, None], token, torch.zeros(1, 1, dtype=torch.long), seen, 1
+            )
+            drafter.cache.rollback()
+            inner = head.logits(hidden).float().log_softmax(-1)[0, 0]
+            for u in inner.topk(12).indices.tolist():
+                pair = (int(token), int(head.to_target(torch.tensor(u))))
+                seconds[pair] = float(first[t] + inner[u])
+    shallow = {k for k, d in enumerate(tree.depths[0].tolist()) if 0 < d < 3}
+    found = set()
+    for node in shallow:
+        up = sorted(walk_up(tree.parents[0].tolist(), node) - {0})
+        found.add(tuple(tree.tokens[0, up].tolist()))
+    scores = {**paths, **seconds}
+    ranked = sorted(scores, key=lambda path: -scores[path])[: len(found)]
+    assert found == set(ranked)
+
+
+def test_selected_nodes_keep_their_parents():
+    tokens = torch.tensor([[5, 6, 7, 8, 9]])
+    parents = torch.tensor([[-1, -1, 0, 0, 1]])
+    scores = torch.tensor([[-1.0, -2.0, -1.5, -4.0, -2.5]])
+    tree = select_nodes(tokens, parents, scores, keep=3)
+    assert tree.tokens.tolist() == [[0, 5, 6, 7]]
+    assert tree.parents.tolist() == [[0, 0, 0, 1]]
+
+
+def test_match_follows_the_agreeing_child_only():
+    """Node 3 agrees with its parent's pick, but its parent is not on the accepted path."""
+    tree = DraftTree(
+        torch.tensor([[1, 10, 11, 20, 21]]),
+        torch.tensor([[0, 0, 0, 1, 2]]),
+        torch.tensor([[0, 1, 1, 2, 2]]),
+    )
+    picks = torch.tensor([[11, 20, 21, 30, 31]])
+    verdict = match(tree, picks, ancestor_mask(tree.parents, 2))
+    assert verdict.length.tolist() == [3]
+    assert verdict.path[0, :3].tolist() == [0, 2, 4]
+    assert verdict.bonus.tolist() == [31]
+    assert emitted(tree, verdict)[0, :3].tolist() == [11, 21, 31]
+
+
+@pytest.mark.parametrize("agree", [0, 1, 2, 3])
+def test_accepts_never_sometimes_always(agree):
+    tree = DraftTree(
+        torch.tensor([[1, 5, 6, 7]]), torch.tensor([[0, 0, 1, 2]]), torch.tensor([[0, 1, 2, 3]])
+    )
+    picks = torch.tensor([[5, 6, 7, 8]])
+    picks[0, agree:] += 50
+    verdict = match(tree, picks, ancestor_mask(tree.parents, 3))
+    assert verdict.length.tolist() == [agree + 1]
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_grouped_attention_equals_the_stock_kernel(queries):
+    torch.manual_seed(0)
+    query = torch.randn(2, 6, queries, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 2, 11, 8, dtype=torch.float64)
+    mask = additive_mask(torch.rand(2, queries, 11) > 0.3, torch.float64)
+    found, _ = grouped_attention(torch.nn.Module(), query, key, value, mask)
+    wide = [x.repeat_interleave(3, dim=1) for x in (key, value)]
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=mask)
+    torch.testing.assert_close(found, wanted.transpose(1, 2))
+
+
+def test_unrolled_attention_equals_a_dense_mask():
+    torch.manual_seed(0)
+    first, begin, later = 7, 2, 2
+    n = first - begin
+    query = torch.randn(2, 6, n, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 2, first + later * n, 8, dtype=torch.float64)
+    causal = torch.arange(first)[None, :] <= torch.arange(begin, first)[:, None]
+    allowed = torch.cat([causal, *[torch.eye(n, dtype=torch.bool)] * later], dim=1)
+    mask = additive_mask(allowed.expand(2, -1, -1), torch.float64)
+    found, _ = grouped_attention(torch.nn.Module(), query, key, value, Unrolled(first, begin))
+    wide = [x.repeat_interleave(3, dim=1) for x in (key, value)]
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=mask)
+    torch.testing.assert_close(found, wanted.transpose(1, 2))
+
+
+def test_nucleus_sampling_follows_the_law():
+    """200,000 draws: chi-square against the renormalised nucleus, 99.99 % bound for 2 degrees."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0]).expand(200_000, 1, 5)
+    drawn = pick(logits, 1.0, 0.9, torch.Generator().manual_seed(5))
+    counts = torch.bincount(drawn.flatten(), minlength=5).double()
+    probs = logits[0, 0].softmax(-1)[:3].double()
+    expected = 200_000 * probs / probs.sum()
+    assert counts[3:].sum() == 0
+    assert float(((counts[:3] - expected) ** 2 / expected).sum()) < 18.42
+
+
+@pytest.mark.parametrize("wrong", ["tree", "chain:0", "chain:x", "beam"])
+def test_unknown_shapes_are_refused(wrong):
+    with pytest.raises(UserError, match="chain"):
+        parse_shape(wrong)
+    with pytest.raises(UserError, match="at least 1"):
+        Dynamic(nodes=0)
