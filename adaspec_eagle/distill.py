@@ -369,8 +369,8 @@ class Distiller(Trainer):
         chosen = self.choose(losses, mask, batch, tokens)
         assert num_items_in_batch is not None
         sums = torch.where(chosen, losses, 0.0).sum(1)  # [S]
-        weights = self.objective.decay ** torch.arange(len(sums), device=sums.device)
-        loss = (weights * sums / num_items_in_batch.clamp(min=1)).sum()
+        steps = torch.arange(len(sums), device=sums.device, dtype=sums.dtype)
+        loss = (self.objective.decay**steps * sums / num_items_in_batch.clamp(min=1)).sum()
         return loss * self.accelerator.num_processes  # gradients are averaged over processes
 
     def choose(self, losses: Tensor, mask: Tensor, batch: Batch, tokens: TargetTokens) -> Tensor:

@@ -1,5 +1,6 @@
 """Errors that a user can mend, and how a script reports them."""
 
+import errno
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +13,27 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[..., int], argv: Sequence[str] | None = None) -> int:
-    """Call a script's `main(argv)`; a UserError becomes one line on stderr and exit status 2."""
+    """Call a script's `main(argv)`; what a user can mend becomes one line on stderr and status 2."""
     try:
         return main(argv)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        message = explain(error)
+        if message is None:
+            raise
+        sys.stderr.write(f"error: {message}\n")
         return 2
+
+
+def explain(error: BaseException) -> str | None:
+    """A message for an error that the user can do something about, None for all others."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}; what was written before is whole. Free some space, go on"
+    if is_out_of_memory(error):
+        return f"out of memory: {_first_line(error)}\nUse a smaller --batch-size or --max-length"
+    return None
 
 
 @contextmanager
@@ -26,8 +42,17 @@ def explain_out_of_memory(way_out: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, MemoryError) and not any(words in text for words in NO_MEMORY):
+        if not is_out_of_memory(error):
             raise
-        reason = text.splitlines()[0] if text else "no more to be had"
-        raise UserError(f"out of memory: {reason}\n{way_out}") from error
+        raise UserError(f"out of memory: {_first_line(error)}\n{way_out}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the CPU or on a GPU."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else "no more to be had"

@@ -18,7 +18,7 @@ def parse_keep(keep: str | float | Decimal) -> Decimal:
         value = Decimal(str(keep))
     except ArithmeticError as error:
         raise UserError(f"keep {keep!r} is not a number; give a fraction in (0, 1]") from error
-    if not 0 < value <= 1:
+    if value.is_nan() or not 0 < value <= 1:
         raise UserError(f"keep {keep} is outside (0, 1]: the fraction of tokens to train on")
     return value
 

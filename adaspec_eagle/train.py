@@ -150,7 +150,7 @@ def _settle(config: TrainConfig, out: Path, resume: bool) -> TrainConfig:
         if not path.exists():
             raise UserError(f"nothing to resume in {out}: {path} is missing; start without --resume")
         return TrainConfig(**json.loads(path.read_text())["config"])
-    if path.exists():
+    if path.exists() and ((out / "checkpoints").exists() or (out / "head").exists()):
         raise UserError(
             f"{out} holds a run already; go on with it (--resume), or choose another --out"
         )

@@ -1,0 +1,211 @@
+"""The Distiller: normalisation, selection, evaluation, features from a table."""
+
+from decimal import Decimal
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from adaspec_eagle.distill import (
+    AnswerSet,
+    Distiller,
+    LengthBuckets,
+    Objective,
+    collate,
+    make_batch,
+    step_losses,
+    step_masks,
+    target_tokens,
+    teacher_forced,
+    unroll,
+)
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.features import make_table, split_rows, target_rows
+from adaspec_eagle.losses import forward_kl
+from adaspec_eagle.selection import select
+from tests.records import record
+from tests.tiny import tiny_head, tiny_target
+
+RECORDS = [record(2 + n % 3, 5 + n, seed=n) for n in range(8)]
+
+
+def distiller(tmp_path, head, target, objective, batch=8, accumulate=1, reference=None):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        num_train_epochs=1,
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        learning_rate=1e-3,
+        max_grad_norm=1e9,
+    )
+    return Distiller(
+        head,
+        target=target,
+        objective=objective,
+        reference=reference,
+        args=arguments,
+        train_dataset=AnswerSet(RECORDS),
+        eval_dataset=AnswerSet(RECORDS),
+    )
+
+
+def trained_gradients(tmp_path, batch, accumulate, objective, reference=False, name="eagle3"):
+    """Gradients of one optimiser step over all eight records."""
+    target = tiny_target()
+    head = tiny_head(target, name).train()
+    other = tiny_head(target, name) if reference else None
+    if other is not None:
+        with torch.no_grad():
+            for weight in other.parameters():
+                weight.mul_(1.2)
+    trainer = distiller(tmp_path, head, target, objective, batch, accumulate, other)
+    found = {}
+
+    def remember(*args, **kwargs):
+        found.update({n: p.grad.clone() for n, p in head.named_parameters() if p.grad is not None})
+
+    trainer.create_optimizer_and_scheduler(1)
+    trainer.optimizer.register_step_pre_hook(remember)
+    trainer.train()
+    return found
+
+
+@pytest.mark.parametrize("name", ["eagle1", "eagle3"])
+def test_eight_batches_of_one_equal_one_batch_of_eight(tmp_path, name):
+    objective = Objective(unroll=2)
+    one = trained_gradients(tmp_path, 8, 1, objective, name=name)
+    eight = trained_gradients(tmp_path, 1, 8, objective, name=name)
+    assert one and one.keys() == eight.keys()
+    for weight in one:
+        torch.testing.assert_close(one[weight], eight[weight], rtol=1e-7, atol=1e-12)
+
+
+def test_keep_one_equals_plain_distillation_to_the_bit(tmp_path):
+    plain = trained_gradients(tmp_path, 4, 2, Objective())
+    whole = trained_gradients(tmp_path, 4, 2, Objective(select="adaspec", keep=Decimal(1)), True)
+    assert all(torch.equal(plain[weight], whole[weight]) for weight in plain)
+
+
+def test_adaspec_gradient_is_that_of_its_equation(tmp_path):
+    """sum over steps of decay^s x mean over the ceil(k n) tokens of largest dL, by hand."""
+    objective = Objective(select="adaspec", keep=Decimal("0.4"), unroll=2, decay=0.8)
+    found = trained_gradients(tmp_path, 8, 1, objective, True)
+    target = tiny_target()
+    head, other = tiny_head(target).train(), tiny_head(target)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.2)
+    order = list(LengthBuckets([len(r.prompt_ids + r.answer_ids) for r in RECORDS], 8, 42))
+    batch = make_batch(target, head, collate([AnswerSet(RECORDS)[i] for i in order]))
+    tokens = target_tokens(target, head, batch, full=False)
+    losses = step_losses(head, objective, batch, tokens)
+    with torch.no_grad():
+        reference = step_losses(other, objective, batch, tokens)
+    mask, total = step_masks(batch.positions, 2), 0.0
+    for step in range(2):
+        chosen = select(losses[step], reference[step], mask[step], "0.4")
+        total = total + 0.8**step * losses[step][chosen].mean()
+    total.backward()
+    for name, weight in head.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad, rtol=1e-5, atol=1e-9)
+
+
+def test_losses_compare_step_s_at_i_with_the_target_at_i_1_s():
+    """Against a loop over rows, indices and steps, with the loss written out."""
+    target = tiny_target("phi")  # its output bias must be borrowed, too
+    head = tiny_head(target)
+    objective = Objective(unroll=3)
+    batch = make_batch(target, head, collate([AnswerSet(RECORDS)[i] for i in (0, 5)]))
+    tokens = target_tokens(target, head, batch, full=True)
+    with torch.no_grad():
+        losses = step_losses(head, objective, batch, tokens)
+        states = unroll(head, batch.features, batch.input_ids, 3)
+        logits = target.model(input_ids=batch.input_ids).logits[..., head.draft_ids]
+    mask = step_masks(batch.positions, 3)
+    for step in range(3):
+        for m, (b, p) in enumerate(zip(batch.rows, batch.positions, strict=True)):
+            if mask[step, m]:
+                mine = head.logits(states[step][b, p - 1 - step])
+                wanted = forward_kl(mine[None], logits[b, p][None])[0]
+                torch.testing.assert_close(losses[step, m], wanted)
+
+
+def test_tokens_outside_the_draft_vocabulary_are_left_out_only_if_asked(tmp_path):
+    target = tiny_target()
+    head = tiny_head(target)
+    for mask_oov in (False, True):
+        trainer = distiller(tmp_path, head, target, Objective(mask_oov=mask_oov, unroll=1))
+        window, counts = trainer.get_batch_samples(
+            iter([collate([AnswerSet(RECORDS)[i] for i in range(8)])]), 1, torch.device("cpu")
+        )
+        batch = window[0]["batch"]
+        best = target.model(input_ids=batch.input_ids).logits[batch.rows, batch.positions].argmax(-1)
+        inside = torch.isin(best, head.draft_ids)
+        wanted = step_masks(batch.positions, 1)[0] & (inside | torch.tensor(not mask_oov))
+        assert torch.equal(window[0]["mask"][0], wanted)
+        assert counts.tolist() == [int(wanted.sum())]
+
+
+def test_adaspec_without_a_reference_is_refused(tmp_path):
+    target = tiny_target()
+    with pytest.raises(UserError, match="reference"):
+        distiller(tmp_path, tiny_head(target), target, Objective(select="adaspec"))
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["memory", "disk"])
+def test_a_feature_table_holds_what_the_target_gives(tmp_path, mapped):
+    target = tiny_target()
+    head = tiny_head(target)
+    layers = head.config.feature_layers
+    ids = [r.prompt_ids + r.answer_ids for r in RECORDS]
+    file = tmp_path / "rows.bin" if mapped else None
+    for done, table in make_table(target, ids, layers, file, batch_tokens=40):
+        pass
+    assert done == sum(map(len, ids))
+    for index, record_ids in enumerate(ids):
+        features, hidden = split_rows(table[index][None], target, layers)
+        wanted = target_rows(target, torch.tensor([record_ids]), layers)
+        torch.testing.assert_close(torch.cat([features, hidden], -1), wanted)
+
+
+def test_tau_sim_is_one_plus_the_mean_product_of_matches():
+    """Against a loop over the indices at which all steps are answers."""
+    target = tiny_target()
+    head = tiny_head(target, draft_vocab=None)
+    found = teacher_forced(target, head, RECORDS, steps=3, batch_size=3)
+    sums, places, matches = 0, 0, [[], [], []]
+    for item in RECORDS:
+        ids = torch.tensor([item.prompt_ids + item.answer_ids])
+        features, _ = split_rows(
+            target_rows(target, ids, head.config.feature_layers), target, head.config.feature_layers
+        )
+        with torch.no_grad():
+            states = unroll(head, features, ids, 3)
+            best = target.model(input_ids=ids).logits[0].argmax(-1)
+        hits = [[int(head.logits(h[0, i]).argmax()) for i in range(ids.shape[1])] for h in states]
+        first, last = len(item.prompt_ids) - 2, ids.shape[1]
+        for i in range(ids.shape[1]):
+            run = [hits[s][i] == best[i + 1 + s] for s in range(3) if i + 2 + s < last]
+            for s, hit in enumerate(run):
+                if i + s >= first:
+                    matches[s].append(bool(hit))
+            if i >= first and i >= 0 and len(run) == 3:
+                places += 1
+                sums += sum(all(run[: s + 1]) for s in range(3))
+    assert found["tau_sim"] == pytest.approx(1 + sums / places)
+    assert found["match"] == pytest.approx([sum(m) / len(m) for m in matches])
+
+
+def test_batches_hold_every_record_once_and_follow_from_seed_and_epoch():
+    sampler = LengthBuckets([5, 9, 1, 7, 3, 8, 2], 2, seed=4)
+    first = list(sampler)
+    assert sorted(first) == list(range(7))
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first

@@ -1,0 +1,116 @@
+"""The shape of the code: import arrows, and the contract over every file in heads/."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import adaspec_eagle
+from adaspec_eagle import DraftHead, head_class
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.head import BUILT_IN
+from tests.tiny import tiny_head, tiny_target
+
+REPOSITORY = Path(__file__).parents[1]
+HEADS = sorted(p.stem for p in (REPOSITORY / "heads").glob("*.py") if p.stem != "__init__")
+
+LEVELS = [  # a module imports from earlier lines, or from its own line, only
+    {"errors", "paths", "stats"},
+    {"attention", "cache", "tree", "losses", "selection", "record"},
+    {"targets", "verify"},
+    {"head", "data", "features"},
+    {"draft"},
+    {"generate"},
+    {"distill", "selfdata", "answers"},
+    {"train", "measure", "plots"},
+]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return {name.split(".")[1] for name in found if name.startswith("adaspec_eagle.")}
+
+
+def test_imports_go_one_way():
+    level = {name: n for n, names in enumerate(LEVELS) for name in names}
+    modules = {p.stem: p for p in (REPOSITORY / "adaspec_eagle").glob("*.py")}
+    assert set(modules) - {"__init__"} == set(level), "a new module needs its place in LEVELS"
+    for name, path in modules.items():
+        if name != "__init__":
+            assert all(level[other] <= level[name] for other in imports(path)), name
+
+
+def test_heads_import_the_contract_only():
+    for name in HEADS:
+        assert imports(REPOSITORY / "heads" / f"{name}.py") <= {"head"}
+
+
+def test_scripts_import_the_library_only():
+    for path in [*REPOSITORY.glob("scripts/*.py"), *REPOSITORY.glob("eval/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] not in ("scripts", "eval", "tests"), path
+
+
+def test_heavy_packages_are_imported_where_they_are_used():
+    for path in (REPOSITORY / "adaspec_eagle").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {getattr(node, "module", None), *(a.name for a in node.names)}
+                assert not names & {"datasets", "deepspeed", "matplotlib"}, path
+
+
+def test_every_file_in_heads_is_built_in():
+    assert list(BUILT_IN) == HEADS
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_keep_the_contract(name):
+    """Class, features, shapes, borrowed rows: what generate and unroll rely on."""
+    kind = head_class(name)
+    assert issubclass(kind, DraftHead)
+    assert all(0 <= layer <= 30 for layer in kind.feature_layers(30))
+    target = tiny_target()
+    head = tiny_head(target, name)
+    tokens = torch.randint(8, 97, (2, 5))
+    features = torch.randn(2, 5, 32 * len(head.config.feature_layers), dtype=torch.float64)
+    positions = torch.arange(5).expand(2, 5)
+    hidden = head(head.fuse(features), tokens, positions, None, None, 0)
+    assert hidden.shape == (2, 5, 32)
+    assert head.logits(hidden).shape == (2, 5, 40)
+    torch.testing.assert_close(head.logits(hidden), head.project(head.readout(hidden)))
+    torch.testing.assert_close(head.embed(tokens), target.model.get_input_embeddings()(tokens))
+    wanted = target.logits(head.readout(hidden))[..., head.draft_ids]
+    torch.testing.assert_close(head.logits(hidden), wanted)
+    assert torch.equal(head.to_target(torch.arange(40)), head.draft_ids)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_that_was_not_bound_gives_nan(name):
+    """A forgotten bind shows: no output can come from rows that were never borrowed."""
+    target = tiny_target()
+    head = head_class(name)(tiny_head(target, name).config).double()
+    assert head.embed(torch.zeros(1, 1, dtype=torch.long)).isnan().all()
+    assert head.project(torch.zeros(1, 32, dtype=torch.float64)).isnan().all()
+
+
+def test_a_head_is_found_by_module_and_by_file(tmp_path):
+    source = REPOSITORY / "heads" / "eagle3.py"
+    copy = tmp_path / "my_head.py"
+    copy.write_text(source.read_text())
+    assert head_class(str(copy)).__doc__ == head_class("adaspec_eagle.heads.eagle3").__doc__
+    for wrong in ("nowhere", "json.decoder", str(tmp_path / "none.py")):
+        with pytest.raises(UserError):
+            head_class(wrong)
+
+
+def test_public_names():
+    for name in ("Target", "DraftHead", "load_head", "generate", "AcceptanceStats", "head_class"):
+        assert hasattr(adaspec_eagle, name)

@@ -1,0 +1,302 @@
+"""The training job through its script: outputs, resume, and errors that lose nothing."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaspec_eagle import generate, load_head
+from adaspec_eagle.errors import UserError, explain
+from adaspec_eagle.head import read_config
+from adaspec_eagle.targets import Target
+from adaspec_eagle.train import TrainConfig, draft_vocab, newest_checkpoint, run_training
+from scripts import train_head
+from tests.records import answers_file, record
+from tests.tiny import tiny_head, tiny_target, tiny_target_folder
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny target on disk and a file of answers."""
+    made = tmp_path_factory.mktemp("train")
+    tiny_target_folder(made / "target")
+    answers_file(made / "answers.jsonl")
+    return made
+
+
+def options(folder, **changes) -> TrainConfig:
+    settings = {
+        "target": str(folder / "target"),
+        "data": [str(folder / "answers.jsonl")],
+        "draft_vocab": 60,
+        "epochs": 1,
+        "evaluations": 2,
+        "batch_size": 6,
+    }
+    return TrainConfig(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """A finished AdaSPEC run, made through the script."""
+    arguments = ["--target", folder / "target", "--data", folder / "answers.jsonl"]
+    arguments += ["--draft-vocab", 60, "--epochs", 1, "--evaluations", 2, "--batch-size", 6]
+    arguments += ["--out", folder / "run"]
+    assert train_head.main([str(a) for a in arguments]) == 0
+    return folder / "run"
+
+
+def test_a_run_leaves_a_reference_and_a_head_with_their_records(run):
+    for stage, selection in (("reference", "none"), ("head", "adaspec")):
+        notes = json.loads((run / stage / "train.json").read_text())
+        assert notes["objective"]["select"] == selection
+        assert notes["environment"]["packages"]["torch"]
+        assert any("eval_tau_sim" in entry for entry in notes["curves"])
+        assert any("loss" in entry for entry in notes["curves"])
+        assert sorted(p.name for p in (run / stage).iterdir()) == [
+            "config.json",
+            "model.safetensors",
+            "train.json",
+        ]
+
+
+def test_every_step_is_reported_on_held_back_answers(run):
+    curves = json.loads((run / "head" / "train.json").read_text())["curves"]
+    found = next(entry for entry in curves if "eval_tau_sim" in entry)
+    for step in range(3):
+        for name in ("loss", "overlap", "match"):
+            assert f"eval_{name}_{step}" in found
+
+
+def test_a_trained_head_decodes_losslessly(run, folder):
+    target = Target.load(folder / "target", dtype="float64")
+    head = load_head(run / "head", target)
+    ids = torch.randint(8, 97, (1, 6))
+    wanted = target.model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert torch.equal(generate(target, head, ids, max_new_tokens=20).sequences, wanted)
+
+
+def test_borrowed_rows_are_not_stored(run):
+    names = set(load_file(run / "head" / "model.safetensors"))
+    assert {"fc.weight", "d2t", "t2d", "norm.weight"} <= names
+    assert not {"embed_rows", "output_rows", "output_bias"} & names
+
+
+def test_a_finished_run_is_not_overwritten(run, folder):
+    with pytest.raises(UserError, match="--resume"):
+        run_training(options(folder), run)
+
+
+def test_resuming_after_a_kill_gives_the_same_weights(run, folder, tmp_path):
+    """The run is cut off behind its first checkpoint, with a torn newer one beside it."""
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "head")
+    checkpoints = again / "checkpoints" / "head"
+    steps = sorted(int(p.name.rpartition("-")[2]) for p in checkpoints.glob("checkpoint-*"))
+    torn = checkpoints / f"checkpoint-{steps[-1]}"
+    (torn / "trainer_state.json").unlink()
+    assert newest_checkpoint(checkpoints) == checkpoints / f"checkpoint-{steps[0]}"
+    run_training(TrainConfig(), again, resume=True)
+    first, second = (load_file(p / "head" / "model.safetensors") for p in (run, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_same_seed_gives_the_same_head(folder, run, tmp_path):
+    run_training(options(folder), tmp_path / "twin")
+    first, second = (load_file(p / "head" / "model.safetensors") for p in (run, tmp_path / "twin"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "disk"])
+def test_where_features_are_kept_changes_nothing(folder, tmp_path, mode):
+    heads = []
+    for kept in ("memory", mode):
+        config = options(folder, method="distillspec", features=kept)
+        heads.append(load_file(run_training(config, tmp_path / kept) / "model.safetensors"))
+    for name in heads[0]:
+        torch.testing.assert_close(heads[0][name], heads[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"head": "eagle1"}, {"train_output": True}, {"mask_oov": True}])
+def test_variants_train(folder, tmp_path, changes):
+    made = run_training(options(folder, method="distillspec", **changes), tmp_path / "out")
+    head = load_head(made)
+    assert head.config.head == changes.get("head", "eagle3")
+    assert ("lm_head.weight" in head.state_dict()) == changes.get("train_output", False)
+
+
+def test_a_given_reference_is_used_and_an_initial_head_goes_on(folder, run, tmp_path):
+    config = options(folder, reference=str(run / "reference"), init=str(run / "head"))
+    made = run_training(config, tmp_path / "out")
+    assert not (tmp_path / "out" / "reference").exists()
+    curves = json.loads((made / "train.json").read_text())["curves"]
+    old = json.loads((run / "head" / "train.json").read_text())["curves"]
+    assert next(e["loss"] for e in curves if "loss" in e) < next(
+        e["loss"] for e in old if "loss" in e
+    )
+
+
+def test_the_draft_vocabulary_holds_the_most_frequent_answer_tokens():
+    target = tiny_target()
+    records = [record(3, 40, seed) for seed in range(5)]
+    ids, coverage = draft_vocab(records, target, 30)
+    answers = torch.tensor([token for r in records for token in r.answer_ids])
+    counts = answers.bincount(minlength=target.vocab_size)
+    assert len(ids) == 30 and set(target.eos_token_ids) <= set(ids.tolist())
+    left_out = torch.ones(target.vocab_size, dtype=torch.bool)
+    left_out[ids] = False
+    others = [i for i in ids.tolist() if i not in target.eos_token_ids]
+    assert counts[left_out].max() <= counts[others].min()
+    assert coverage == pytest.approx(float(counts[ids].sum()) / len(answers))
+
+
+def test_the_script_runs_as_a_program(tmp_path):
+    command = [sys.executable, str(REPOSITORY / "scripts" / "train_head.py")]
+    done = subprocess.run([*command, "--keep", "1.5"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: keep 1.5 is outside (0, 1]")
+
+
+def test_defaults_of_the_script_are_those_of_the_config():
+    args = vars(train_head.parser().parse_args([]))
+    del args["out"], args["resume"]
+    assert TrainConfig(**args) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "magic"}, "adaspec, distillspec"),
+        ({"loss": "l7"}, "fkl"),
+        ({"keep": "0"}, "outside"),
+        ({"epochs": 0}, "above 0"),
+        ({"batch_size": 0}, "--batch-size 0"),
+    ],
+)
+def test_bad_options_are_named(changes, words):
+    with pytest.raises(UserError, match=words):
+        TrainConfig(**changes)
+
+
+def test_unknown_targets_and_heads_are_named(folder, tmp_path):
+    with pytest.raises(UserError, match="aliases"):
+        Target.load("no-such-model")
+    with pytest.raises(UserError, match="no weights"):
+        Target.load(tmp_path)
+    with pytest.raises(UserError, match="eagle1, eagle3"):
+        run_training(options(folder, head="eagle9"), tmp_path / "out")
+
+
+def test_an_alias_that_cannot_be_had_names_both_ways_out():
+    with pytest.raises(UserError) as caught:
+        Target.load("phi-2")
+    for words in ("phi-2", "microsoft/phi-2", "local folder", "--target smollm2-135m"):
+        assert words in str(caught.value)
+
+
+def test_targets_with_windows_or_a_second_kind_of_layer_are_refused():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = MistralForCausalLM(
+        MistralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, sliding_window=8)
+    )
+    with pytest.raises(UserError, match="sliding-window"):
+        Target.wrap(model, name="windowed")
+
+
+def damaged(run, tmp_path, change) -> Path:
+    copy = tmp_path / "head"
+    shutil.copytree(run / "head", copy)
+    change(copy)
+    return copy
+
+
+def test_heads_that_do_not_fit_are_refused_by_name(run, tmp_path):
+    with pytest.raises(UserError, match="config.json"):
+        load_head(tmp_path)
+    other = tiny_target(num_hidden_layers=4, dtype=torch.float32)
+    with pytest.raises(UserError, match="allow"):
+        load_head(run / "head", other)
+    assert load_head(run / "head", other, allow_other_target=True).bound_to
+    with pytest.raises(UserError, match="vocabulary and hidden size"):
+        load_head(run / "head", tiny_target(hidden_size=16, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["truncated", "foreign", "missing", "outside", "config"])
+def test_damaged_heads_are_refused_with_the_file_named(run, tmp_path, kind):
+    def change(copy: Path) -> None:
+        weights = copy / "model.safetensors"
+        state = load_file(weights)
+        if kind == "truncated":
+            weights.write_bytes(weights.read_bytes()[:1000])
+        elif kind == "foreign":
+            save_file({"x": torch.zeros(2)}, weights)
+        elif kind == "missing":
+            weights.unlink()
+        elif kind == "outside":
+            save_file(state | {"d2t": state["d2t"] + 10**6}, weights)
+        else:
+            (copy / "config.json").write_text("{}")
+
+    with pytest.raises(UserError, match="config.json" if kind == "config" else "model.safetensors"):
+        load_head(damaged(run, tmp_path, change))
+
+
+def test_a_failed_save_leaves_the_old_head(tmp_path, monkeypatch):
+    target = tiny_target(dtype=torch.float32)
+    head = tiny_head(target)
+    head.save(tmp_path / "head")
+    before = load_file(tmp_path / "head" / "model.safetensors")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr("adaspec_eagle.head.save_file", full)
+    with torch.no_grad():
+        head.fc.weight.zero_()
+    with pytest.raises(OSError) as caught:
+        head.save(tmp_path / "head")
+    assert "disk is full" in explain(caught.value)
+    after = load_file(tmp_path / "head" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [p.name for p in tmp_path.iterdir()] == ["head"]
+
+
+def test_out_of_memory_is_explained():
+    assert "--batch-size" in explain(MemoryError())
+    assert "--batch-size" in explain(RuntimeError("CUDA out of memory. Tried to allocate"))
+    assert explain(RuntimeError("shape mismatch")) is None
+
+
+def test_prompts_that_cannot_be_decoded_are_named():
+    target = tiny_target()
+    with pytest.raises(UserError, match="empty"):
+        generate(target, None, torch.ones(2, 3).long(), torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    with pytest.raises(UserError, match="context of 512"):
+        generate(target, None, torch.ones(1, 500).long(), max_new_tokens=64)
+
+
+@pytest.mark.parametrize("name", ["eagle1", "eagle3"])
+def test_saved_heads_load_equal(tmp_path, name):
+    target = tiny_target(dtype=torch.float32)
+    head = tiny_head(target, name, draft_vocab=None if name == "eagle1" else 40)
+    head.save(tmp_path / "head")
+    other = load_head(tmp_path / "head", target)
+    assert read_config(tmp_path / "head") == head.config
+    for key, value in head.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key])
+
+
+def test_scripts_do_no_work_when_imported():
+    for path in [*REPOSITORY.glob("scripts/*.py"), *REPOSITORY.glob("eval/*.py")]:
+        assert "main" in runpy.run_path(str(path), run_name="imported")
