@@ -1,0 +1,144 @@
+"""The whole pipeline on the default target: data, reference head, draft head, measurement.
+
+    python scripts/demo.py
+
+Every step is one of this repository's own commands, printed before it runs. What is there already
+is used again; after a kill, run the same command. Sized to stay within 20 minutes on two CPU cores,
+downloads not counted: where the machine is slow, less data is written and fewer epochs are run.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.features import target_rows
+from adaspec_eagle.targets import Target, describe
+
+HERE = Path(__file__).resolve().parents[1]
+OUT = Path("runs") / "demo"
+TOKENS, FIRST = 200_000, 20_000  # answer tokens wanted; made first, to see how fast it goes
+DATA_SECONDS, TRAIN_SECONDS = 440, 420
+PROMPTS, NEW_TOKENS = 8, 96  # one measuring prompt of each kind
+
+# Cost of an answer token in training, in target forwards of one token (measured on two CPU cores
+# with the default head): reference head 1.6, draft head with its reference pass 2.0.
+PASSES = 1.6 + 2.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all steps; the last thing printed is where everything lies and what to try next."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
+    begin = time.perf_counter()
+    target = Target.load("smollm2-135m")
+    print(describe(target))
+    OUT.mkdir(parents=True, exist_ok=True)
+    speed = forward_speed(target)
+    del target
+    data = OUT / "data.jsonl"
+    make_data(data)
+    train(data, speed)
+    shipped = Path(str(files("adaspec_eagle.heads"))) / "pretrained" / "smollm2-135m-eagle3"
+    if (shipped / "config.json").exists():
+        print("\nThe head that ships with the package, which saw a fuller training:")
+        measure(shipped, OUT / "shipped")
+    print("\nThe head that was trained just now:")
+    measure(OUT / "head", OUT / "speedup")
+    print(f"\ndone in {(time.perf_counter() - begin) / 60:.1f} minutes\n{ENDING}")
+    return 0
+
+
+ENDING = f"""
+  result    {OUT}/speedup/result.json
+  plot      {OUT}/speedup/speedup.png
+  head      {OUT}/head (curves: tensorboard --logdir {OUT}/checkpoints)
+
+Next: more data (python scripts/make_data.py --tokens 1000000 --out more.jsonl), your own target
+(python scripts/train_head.py --target NAME), other trees (python eval/speedup.py --chain 5),
+proof that nothing is lost (python eval/lossless.py --tree --dtype float32)."""
+
+
+def make_data(file: Path) -> None:
+    """Prompts and answers by the target: TOKENS, or as many as DATA_SECONDS allow."""
+    make = ["scripts/make_data.py", "--prompts", "self", "--out", str(file)]
+    if answer_tokens(file) >= TOKENS or (OUT / "run.json").exists():
+        print(f"{file} is there: {answer_tokens(file):,} answer tokens")
+        return
+    before, begin = answer_tokens(file), time.perf_counter()
+    run([*make, "--tokens", str(before + FIRST)])
+    made, seconds = answer_tokens(file) - before, time.perf_counter() - begin
+    wanted = answer_tokens(file) + int(made / seconds * (DATA_SECONDS - seconds))
+    wanted = max(min(TOKENS, wanted), answer_tokens(file))
+    if wanted < TOKENS:
+        print(f"{made / seconds:.0f} tokens/s: {wanted:,} answer tokens instead of {TOKENS:,}")
+    run([*make, "--tokens", str(wanted)])
+
+
+def train(data: Path, speed: float) -> None:
+    """Reference head and draft head, as many epochs as TRAIN_SECONDS allow."""
+    if (OUT / "head" / "train.json").exists():
+        print(f"{OUT / 'head'} is there")
+        return
+    script = ["scripts/train_head.py", "--out", str(OUT)]
+    if (OUT / "run.json").exists():
+        run([*script, "--resume"])
+        return
+    lengths = [(len(r["prompt_ids"]), len(r["answer_ids"])) for r in records(data)]
+    answers = sum(answer for _, answer in lengths)
+    left = TRAIN_SECONDS - sum(map(sum, lengths)) / speed
+    epochs = min(3.0, max(0.3, left * speed / (answers * PASSES)))
+    run([*script, "--data", str(data), "--epochs", f"{epochs:.1f}", "--evaluations", "3"])
+
+
+def measure(head: Path, out: Path) -> None:
+    """The table of eval/speedup.py for one head."""
+    limits = ["--limit", str(PROMPTS), "--max-new-tokens", str(NEW_TOKENS)]
+    run(["eval/speedup.py", "--tree", "--head", str(head), *limits, "--out", str(out)])
+
+
+def run(command: list[str]) -> None:
+    """One of the repository's scripts, shown as a user would type it."""
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    script, *arguments = command
+    done = subprocess.run([sys.executable, str(HERE / script), *arguments])
+    if done.returncode:
+        raise UserError(
+            f"{script} stopped with status {done.returncode}; run the demo again to go on"
+        )
+
+
+def records(file: Path) -> list[dict]:
+    """The records of a data file; none where there is no file."""
+    if not file.exists():
+        return []
+    whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in whole]
+
+
+def answer_tokens(file: Path) -> int:
+    """Answer tokens in a data file."""
+    return sum(len(record["answer_ids"]) for record in records(file))
+
+
+def forward_speed(target: Target) -> float:
+    """Tokens a second of the target's forward, on eight rows of 256."""
+    ids = torch.randint(0, target.vocab_size, (8, 256))
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        target_rows(target, ids, [target.num_layers])
+        seconds.append(time.perf_counter() - begin)
+    return ids.numel() / min(seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
