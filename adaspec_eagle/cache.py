@@ -53,7 +53,8 @@ class TreeCache(Cache):
         column. length `[B]`. longest: the largest history after this commit, if the caller knows
         it already (saves a read from the device).
         """
-        assert self.buffer is not None and self.lengths is not None
+        assert self.buffer is not None
+        assert self.lengths is not None
         rows = torch.arange(path.shape[0], device=path.device)[:, None]  # [B, 1]
         steps = torch.arange(path.shape[1], device=path.device)[None]  # [1, P]
         source, target = self.start + path, self.lengths[:, None] + steps  # [B, P]
@@ -72,7 +73,8 @@ class TreeCache(Cache):
 
     def keep(self, rows: Tensor) -> None:
         """Keep the given rows `[B']` only, in that order."""
-        assert self.buffer is not None and self.lengths is not None
+        assert self.buffer is not None
+        assert self.lengths is not None
         self.buffer = self.buffer.index_select(2, rows)
         self.lengths = self.lengths.index_select(0, rows)
         self.start = int(self.lengths.max())
@@ -85,7 +87,7 @@ class TreeCache(Cache):
         """(key columns, offset) as transformers' mask builders ask for them."""
         return self.start + self.used + query_length, 0
 
-    def get_max_length(self, layer_idx: int = 0) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         """No limit: the cache grows."""
         return -1
 
@@ -98,9 +100,9 @@ class TreeCache(Cache):
     def _allocate(self, key: Tensor, value: Tensor) -> None:
         if key.shape != value.shape:
             raise UserError(
-                f"keys of shape {tuple(key.shape)} but values of shape {tuple(value.shape)}: targets "
-                "whose keys and values differ in size (such as multi-head latent attention) are not "
-                "supported; use a target with equal sizes"
+                f"keys of shape {tuple(key.shape)} but values of shape {tuple(value.shape)}: "
+                "targets whose keys and values differ in size (such as multi-head latent "
+                "attention) are not supported; use a target with equal sizes"
             )
         b, h, n, d = key.shape
         self.capacity = max(self.capacity, n)

@@ -231,12 +231,11 @@ def teacher_forced(
     return dict(zip(("loss", "overlap", "match"), means, strict=True)) | {"tau_sim": tau_sim}
 
 
-def _figures(
-    head: DraftHead, objective: Objective, batch: Batch, tokens: TargetTokens
-) -> Tensor:
+def _figures(head: DraftHead, objective: Objective, batch: Batch, tokens: TargetTokens) -> Tensor:
     """(loss, overlap, match) of every step and supervised position: `[3, S, M]`."""
     begin = first_index(batch.positions, objective.unroll)
     states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin)
+    assert tokens.argmax is not None
     steps = []
     for hidden in step_states(states, batch, begin):
         logits = head.logits(hidden).to(tokens.logits.dtype)
@@ -327,7 +326,7 @@ class Distiller(Trainer):
         super().__init__(model=Student(head, objective), data_collator=collate, **kwargs)
         self.head = head
         self.target = target
-        self.objective = objective
+        self.objective: Objective = objective
         self.reference = reference
         self.loss_is_scaled_for_ga = True  # by the counts of get_batch_samples
 
@@ -361,13 +360,13 @@ class Distiller(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """The objective on one micro-batch; num_items_in_batch `[S]` as get_batch_samples gives."""
         batch, tokens, mask = inputs["batch"], inputs["tokens"], inputs["mask"]
         losses = model(batch, tokens)  # [S, M]
         chosen = self.choose(losses, mask, batch, tokens)
-        assert num_items_in_batch is not None
+        assert isinstance(num_items_in_batch, Tensor)
         sums = torch.where(chosen, losses, 0.0).sum(1)  # [S]
         steps = torch.arange(len(sums), device=sums.device, dtype=sums.dtype)
         loss = (self.objective.decay**steps * sums / num_items_in_batch.clamp(min=1)).sum()
@@ -392,6 +391,7 @@ class Distiller(Trainer):
     ) -> dict[str, float]:
         """Teacher-forced figures on held-back answers; `eval_tau_sim` picks the best checkpoint."""
         answers = self.eval_dataset if eval_dataset is None else eval_dataset
+        assert isinstance(answers, AnswerSet)
         self.head.eval()
         with self.accelerator.autocast():
             found = teacher_forced(
@@ -415,6 +415,7 @@ class Distiller(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         answers = self.train_dataset if train_dataset is None else train_dataset
+        assert isinstance(answers, AnswerSet)
         rows = self.args.per_device_train_batch_size * self.accelerator.num_processes
         return LengthBuckets(answers.lengths(), rows, self.args.data_seed or self.args.seed)
 

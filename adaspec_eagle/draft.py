@@ -70,7 +70,7 @@ def static_tree(nodes: int = 20, rates: tuple[float, ...] = RANK_RATES) -> Stati
     arXiv 2402.12374; OPT-Tree, arXiv 2406.17276).
     """
     found: list[tuple[float, int, tuple[int, ...]]] = []  # paths of ranks, as they are chosen
-    heap = [(-rates[0], 1, (0,))]
+    heap: list[tuple[float, int, tuple[int, ...]]] = [(-rates[0], 1, (0,))]
     while len(found) < nodes:
         chance, depth, path = heapq.heappop(heap)
         found.append((chance, depth, path))
@@ -117,7 +117,7 @@ class Drafter:
         self._remember(hidden, lengths)
 
     def advance(self, features: Tensor, tokens: Tensor, length: Tensor, longest: int) -> None:
-        """Take in the accepted pairs: features `[B, P, F H]`, next tokens `[B, P]`, counts `[B]`."""
+        """Take in accepted pairs: features `[B, P, F H]`, next tokens `[B, P]`, counts `[B]`."""
         assert self.cache.lengths is not None
         p = tokens.shape[1]
         steps = torch.arange(p, device=tokens.device)
@@ -129,7 +129,8 @@ class Drafter:
 
     def grow(self, root: Tensor) -> DraftTree:
         """A tree of this drafter's shape below the root tokens `[B]`; the cache is as before."""
-        assert self.hidden is not None and self.logits is not None
+        assert self.hidden is not None
+        assert self.logits is not None
         if isinstance(self.shape, Dynamic):
             tree = self._grow_dynamic(self.shape)
         else:
@@ -140,13 +141,15 @@ class Drafter:
 
     def keep(self, rows: Tensor) -> None:
         """Keep the given rows `[B']` only."""
-        assert self.hidden is not None and self.logits is not None
+        assert self.hidden is not None
+        assert self.logits is not None
         self.cache.keep(rows)
         self.hidden, self.logits = self.hidden[rows], self.logits[rows]
 
     def _grow_static(self, shape: Static) -> DraftTree:
         """Level by level; only nodes that have children go through the head."""
-        assert self.hidden is not None and self.logits is not None
+        assert self.hidden is not None
+        assert self.logits is not None
         b, device = self.logits.shape[0], self.logits.device
         depths = shape.depths
         tokens = torch.zeros(b, len(depths), dtype=torch.long, device=device)
@@ -166,13 +169,13 @@ class Drafter:
             positions = torch.full((b, len(inner)), depth - 1, device=device)
             hidden = self._forward(hidden[:, parents], tokens[:, inner], positions, seen, depth)
             logits = self.head.logits(hidden)
-        to_tensor = {"device": device, "dtype": torch.long}
-        parent_row = torch.tensor(shape.parents, **to_tensor).expand(b, -1)
-        return DraftTree(tokens, parent_row, torch.tensor(depths, **to_tensor).expand(b, -1))
+        parent_row = torch.tensor(shape.parents, device=device).expand(b, -1)
+        return DraftTree(tokens, parent_row, torch.tensor(depths, device=device).expand(b, -1))
 
     def _grow_dynamic(self, shape: Dynamic) -> DraftTree:
         """Keep a beam of the most probable paths; rerank all candidates at the end (EAGLE-2)."""
-        assert self.hidden is not None and self.logits is not None
+        assert self.hidden is not None
+        assert self.logits is not None
         b, device = self.logits.shape[0], self.logits.device
         width = min(shape.width, self.logits.shape[-1])
         logp, best = self._top(self.logits[:, None], width)  # [B, 1, W] each
@@ -203,7 +206,7 @@ class Drafter:
         return DraftTree(tree.tokens, tree.parents, _depths(tree.parents, shape.depth))
 
     def _top(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and target ids of the best `width` tokens: `[..., Vd]` -> `[..., W]`."""
+        """Log-probabilities and target ids of the `width` best: `[..., Vd]` -> `[..., W]` each."""
         values, ids = logits.float().topk(width, dim=-1)
         return values - logits.float().logsumexp(-1, keepdim=True), self.head.to_target(ids)
 

@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[..., int], argv: Sequence[str] | None = None) -> int:
-    """Call a script's `main(argv)`; what a user can mend becomes one line on stderr and status 2."""
+    """Call a script's `main(argv)`; what a user can mend becomes a line on stderr and status 2."""
     try:
         return main(argv)
     except (UserError, OSError, RuntimeError, MemoryError) as error:

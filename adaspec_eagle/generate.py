@@ -111,7 +111,16 @@ def generate(
     `draft.py`. temperature above 0 samples from the target, without a head only. Raises UserError
     for a head that does not fit the target and for prompts that leave no room in the context.
     """
-    rows = _check(target, head, input_ids, attention_mask, max_new_tokens, temperature, top_p, allow_other_target)
+    rows = _check(
+        target,
+        head,
+        input_ids,
+        attention_mask,
+        max_new_tokens,
+        temperature,
+        top_p,
+        allow_other_target,
+    )
     shape = parse_shape(tree)
     end_ids = frozenset() if ignore_eos else frozenset(target.eos_token_ids)
     answers = Answers(max_new_tokens, end_ids, [[] for _ in rows])

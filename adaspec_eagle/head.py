@@ -100,6 +100,12 @@ class DraftHead(nn.Module):
     token_loss: ClassVar[float] = 1.0  # weight of the distillation term
     default_unroll: ClassVar[int] = 3  # training steps of self-unroll
 
+    embed_rows: Tensor  # [V, H]
+    output_rows: Tensor  # [Vd, H], unless train_output
+    output_bias: Tensor | None  # [Vd]
+    d2t: Tensor  # [Vd], where the draft vocabulary is a part of the target's
+    t2d: Tensor  # [V]
+
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
@@ -134,7 +140,7 @@ class DraftHead(nn.Module):
         cache: Cache | None,
         step: int,
     ) -> Tensor:
-        """Hidden `[B, N, H]` paired with the tokens that follow `[B, N]` -> next hidden `[B, N, H]`.
+        """Hidden `[B, N, H]` and the tokens that follow `[B, N]` -> next hidden `[B, N, H]`.
 
         mask: additive `[B, 1, N, T]`; None for causal; `Unrolled` for an unrolled training step.
         step: 0 where hidden comes from the target's features, s for the head's own hidden states s
@@ -226,7 +232,8 @@ def head_class(name: str) -> type[DraftHead]:
             if not path.is_file():
                 raise UserError(f"head file {name} does not exist")
             spec = importlib.util.spec_from_file_location(f"adaspec_head_{path.stem}", path)
-            assert spec and spec.loader
+            assert spec is not None
+            assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:
@@ -234,8 +241,8 @@ def head_class(name: str) -> type[DraftHead]:
         found = module.Head
     except (ModuleNotFoundError, AttributeError) as error:
         raise UserError(
-            f"unknown head {name!r} ({error}); give one of {', '.join(BUILT_IN)}, a dotted module or "
-            "a path.py that defines a class named Head"
+            f"unknown head {name!r} ({error}); give one of {', '.join(BUILT_IN)}, a dotted module "
+            "or a path.py that defines a class named Head"
         ) from error
     if not issubclass(found, DraftHead):
         raise UserError(f"{name!r}: its Head is no subclass of adaspec_eagle.DraftHead")
@@ -261,8 +268,9 @@ def check_target(config: HeadConfig, target: Target, allow_other: bool = False) 
         )
     if config.target_fingerprint != target.fingerprint and not allow_other:
         raise UserError(
-            f"this head was trained for {config.target!r} with weights {config.target_fingerprint}; "
-            f"target {target.name!r} has weights {target.fingerprint}. Load the same weights, or "
+            f"this head was trained for {config.target!r} with weights "
+            f"{config.target_fingerprint}; target {target.name!r} has weights "
+            f"{target.fingerprint}. Load the same weights, or "
             "allow the mismatch with --allow-other-target (allow_other_target=True)"
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from adaspec_eagle.attention import grouped, tree_mask
@@ -104,6 +104,7 @@ class Target:
         options = {"gguf_file": gguf_file} if gguf_file else {}
         if gguf_file:
             kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+        model: Any  # transformers' annotations of `to` do not take a device
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **options, **kwargs)
             tokenizer = AutoTokenizer.from_pretrained(path, **options)

@@ -75,7 +75,9 @@ class TrainConfig:
         )
         for name, value, known in choices:
             if value not in known:
-                raise UserError(f"unknown --{name} {value!r}; choose one of {', '.join(map(str, known))}")
+                raise UserError(
+                    f"unknown --{name} {value!r}; choose one of {', '.join(map(str, known))}"
+                )
         least = {"batch_size": 1, "accumulate": 1, "max_length": 4, "draft_vocab": 1, "tokens": 1}
         least |= {"evaluations": 1, "held_back": 1}
         for name, low in least.items():
@@ -148,7 +150,9 @@ def _settle(config: TrainConfig, out: Path, resume: bool) -> TrainConfig:
     path = out / "run.json"
     if resume:
         if not path.exists():
-            raise UserError(f"nothing to resume in {out}: {path} is missing; start without --resume")
+            raise UserError(
+                f"nothing to resume in {out}: {path} is missing; start without --resume"
+            )
         return TrainConfig(**json.loads(path.read_text())["config"])
     if path.exists() and ((out / "checkpoints").exists() or (out / "head").exists()):
         raise UserError(
@@ -167,8 +171,9 @@ def _prepare(config: TrainConfig, out: Path, target: Target) -> Job:
     vocab, coverage = draft_vocab(train, target, config.draft_vocab)
     answers = sum(len(record.answer_ids) for record in train)
     _say(
-        f"{len(train)} records, {answers:,} answer tokens to train on, {len(held)} held back; draft "
-        f"vocabulary {len(vocab):,} of {target.vocab_size:,} covers {coverage:.2%} of answer tokens"
+        f"{len(train)} records, {answers:,} answer tokens to train on, {len(held)} held back; "
+        f"draft vocabulary {len(vocab):,} of {target.vocab_size:,} covers {coverage:.2%} of "
+        "answer tokens"
     )
     facts = {
         "files": paths,
@@ -224,9 +229,7 @@ def split_records(
     return [r for i, r in enumerate(records) if i not in chosen], [records[i] for i in held]
 
 
-def draft_vocab(
-    records: Sequence[Record], target: Target, size: int
-) -> tuple[torch.Tensor, float]:
+def draft_vocab(records: Sequence[Record], target: Target, size: int) -> tuple[torch.Tensor, float]:
     """The `size` most frequent answer tokens as ids `[Vd]`, and the share of answers they cover.
 
     End tokens are always in; ties and what is left over go to the lower id.
@@ -250,12 +253,18 @@ def _features(
         (out / "features").mkdir(exist_ok=True)
         file = out / "features" / "rows.bin"
     ids = [record.prompt_ids + record.answer_ids for record in records]
-    columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens, left"))
+    columns = (
+        TextColumn("features"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens, left"),
+    )
     console = Console(stderr=True)
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=sum(map(len, ids)))
-        for done, table in make_table(target, ids, layers, file):
+        for done, filled in make_table(target, ids, layers, file):
             bar.update(task, completed=done)
+            table = filled
     return table
 
 

@@ -48,8 +48,8 @@ def select_nodes(tokens: Tensor, parents: Tensor, scores: Tensor, keep: int) -> 
     """Root plus the `keep` best of M candidates, as a tree (EAGLE-2's reranking).
 
     tokens, parents, scores `[B, M]`; parents are candidate indices, -1 for the root's children, and
-    every candidate comes after its parent. A score must be lower than its parent's, so that a chosen
-    node's parent is chosen too. The root's token is left 0: the caller puts it there.
+    every candidate comes after its parent. A score must be lower than its parent's, so that a
+    chosen node's parent is chosen too. The root's token is left 0: the caller puts it there.
     """
     b, m = tokens.shape
     chosen = scores.topk(min(keep, m), dim=1).indices.sort(dim=1).values  # [B, K]

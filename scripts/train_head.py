@@ -3,6 +3,9 @@
     python scripts/train_head.py --target phi-2
     python scripts/train_head.py --data answers.jsonl.gz --epochs 3 --out runs/mine
     python scripts/train_head.py --out runs/mine --resume
+
+Without --data the target writes its own prompts and answers. After Ctrl-C or a kill, --resume goes
+on from the last checkpoint.
 """
 
 import argparse

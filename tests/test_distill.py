@@ -81,7 +81,8 @@ def test_eight_batches_of_one_equal_one_batch_of_eight(tmp_path, name):
     objective = Objective(unroll=2)
     one = trained_gradients(tmp_path, 8, 1, objective, name=name)
     eight = trained_gradients(tmp_path, 1, 8, objective, name=name)
-    assert one and one.keys() == eight.keys()
+    assert one
+    assert one.keys() == eight.keys()
     for weight in one:
         torch.testing.assert_close(one[weight], eight[weight], rtol=1e-7, atol=1e-12)
 
@@ -145,7 +146,9 @@ def test_tokens_outside_the_draft_vocabulary_are_left_out_only_if_asked(tmp_path
             iter([collate([AnswerSet(RECORDS)[i] for i in range(8)])]), 1, torch.device("cpu")
         )
         batch = window[0]["batch"]
-        best = target.model(input_ids=batch.input_ids).logits[batch.rows, batch.positions].argmax(-1)
+        best = (
+            target.model(input_ids=batch.input_ids).logits[batch.rows, batch.positions].argmax(-1)
+        )
         inside = torch.isin(best, head.draft_ids)
         wanted = step_masks(batch.positions, 1)[0] & (inside | torch.tensor(not mask_oov))
         assert torch.equal(window[0]["mask"][0], wanted)
@@ -165,8 +168,7 @@ def test_a_feature_table_holds_what_the_target_gives(tmp_path, mapped):
     layers = head.config.feature_layers
     ids = [r.prompt_ids + r.answer_ids for r in RECORDS]
     file = tmp_path / "rows.bin" if mapped else None
-    for done, table in make_table(target, ids, layers, file, batch_tokens=40):
-        pass
+    done, table = list(make_table(target, ids, layers, file, batch_tokens=40))[-1]
     assert done == sum(map(len, ids))
     for index, record_ids in enumerate(ids):
         features, hidden = split_rows(table[index][None], target, layers)

@@ -104,9 +104,7 @@ def test_a_draft_that_is_right_to_a_known_depth_is_accepted_to_that_depth(depth)
     target = tiny_target("qwen3")
     ids, mask = prompts(1)
     head = oracle(target, ids, mask, depth)
-    found = generate(
-        target, head, ids, mask, tree=chain(4), max_new_tokens=31, ignore_eos=True
-    )
+    found = generate(target, head, ids, mask, tree=chain(4), max_new_tokens=31, ignore_eos=True)
     assert found.stats.accepted == [0] * depth + [found.stats.rounds]
     assert found.stats.rounds == -(-30 // (depth + 1))
     plain = generate(target, None, ids, mask, max_new_tokens=31, ignore_eos=True)

@@ -51,7 +51,10 @@ def test_position_i_counts_at_step_s_exactly_if_token_i_2_s_is_an_answer_token()
     rows, positions = supervised(item["loss_mask"])
     mask = step_masks(positions, 3)
     for step in range(3):
-        found = {(int(b), int(p) - 1 - step) for b, p in zip(rows[mask[step]], positions[mask[step]], strict=True)}
+        found = {
+            (int(b), int(p) - 1 - step)
+            for b, p in zip(rows[mask[step]], positions[mask[step]], strict=True)
+        }
         wanted = {
             (b, i)
             for b in range(2)

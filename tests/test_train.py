@@ -126,7 +126,9 @@ def test_where_features_are_kept_changes_nothing(folder, tmp_path, mode):
         torch.testing.assert_close(heads[0][name], heads[1][name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{"head": "eagle1"}, {"train_output": True}, {"mask_oov": True}])
+@pytest.mark.parametrize(
+    "changes", [{"head": "eagle1"}, {"train_output": True}, {"mask_oov": True}]
+)
 def test_variants_train(folder, tmp_path, changes):
     made = run_training(options(folder, method="distillspec", **changes), tmp_path / "out")
     head = load_head(made)
@@ -151,7 +153,8 @@ def test_the_draft_vocabulary_holds_the_most_frequent_answer_tokens():
     ids, coverage = draft_vocab(records, target, 30)
     answers = torch.tensor([token for r in records for token in r.answer_ids])
     counts = answers.bincount(minlength=target.vocab_size)
-    assert len(ids) == 30 and set(target.eos_token_ids) <= set(ids.tolist())
+    assert len(ids) == 30
+    assert set(target.eos_token_ids) <= set(ids.tolist())
     left_out = torch.ones(target.vocab_size, dtype=torch.bool)
     left_out[ids] = False
     others = [i for i in ids.tolist() if i not in target.eos_token_ids]
@@ -264,7 +267,7 @@ def test_a_failed_save_leaves_the_old_head(tmp_path, monkeypatch):
     monkeypatch.setattr("adaspec_eagle.head.save_file", full)
     with torch.no_grad():
         head.fc.weight.zero_()
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match="No space left") as caught:
         head.save(tmp_path / "head")
     assert "disk is full" in explain(caught.value)
     after = load_file(tmp_path / "head" / "model.safetensors")

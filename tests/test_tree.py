@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adaspec_eagle.attention import Unrolled, additive_mask, grouped_attention
-from adaspec_eagle.draft import Dynamic, Drafter, chain, parse_shape, static_tree
+from adaspec_eagle.draft import Drafter, Dynamic, chain, parse_shape, static_tree
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.tree import DraftTree, ancestor_mask, select_nodes
 from adaspec_eagle.verify import emitted, match, pick
@@ -38,7 +38,9 @@ def test_grown_trees_are_in_order_and_siblings_differ(shape):
     assert tree.tokens[:, 0].tolist() == [9, 10, 11]
     for row in range(3):
         parents, depths = tree.parents[row].tolist(), tree.depths[row].tolist()
-        assert all(parents[n] < n and depths[n] == depths[parents[n]] + 1 for n in range(1, len(parents)))
+        assert all(
+            parents[n] < n and depths[n] == depths[parents[n]] + 1 for n in range(1, len(parents))
+        )
         named = list(zip(parents[1:], tree.tokens[row, 1:].tolist(), strict=True))
         assert len(set(named)) == len(named)
 

@@ -59,7 +59,16 @@ def tiny_tokenizer(template: bool = True) -> PreTrainedTokenizerFast:
     """A word-level tokenizer with ids below VOCAB."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+    special = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|system|>",
+        "<|end|>",
+    ]
     words = [f"w{i}" for i in range(VOCAB - len(special))]
     vocab = {word: i for i, word in enumerate(special + words)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
