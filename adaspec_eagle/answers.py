@@ -24,14 +24,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from adaspec_eagle.apart import Measured, normalise
 from adaspec_eagle.data import (
-    Measured,
     Prompt,
     Record,
     append_jsonl,
     given_record,
     mend_jsonl,
-    normalise,
     prompt_messages,
     read_answers,
     read_jsonl,

@@ -7,9 +7,8 @@ which adds token ids. Every error about a file names the file and the line.
 import gzip
 import json
 import os
-import unicodedata
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -148,101 +147,6 @@ def _record(item: dict[str, Any], path: Path, where: str) -> Record:
         fingerprint=item.get("fingerprint"),
         temperature=item.get("temperature"),
     )
-
-
-# ---------------------------------------------------------------- hub sets
-
-
-@dataclass(frozen=True)
-class HubSet:
-    """A data set on the hub: where it is, its splits, and how a row becomes prompt and answer."""
-
-    path: str
-    name: str | None
-    splits: dict[str, str]  # "train", "test" -> the hub's split
-    prompt: Callable[[dict[str, Any]], str]
-    answer: Callable[[dict[str, Any]], str]
-    revision: str | None = None
-
-
-def _alpaca(row: dict[str, Any]) -> str:
-    return "\n\n".join(filter(None, (row["instruction"], row["input"])))
-
-
-def _mbpp(row: dict[str, Any]) -> str:
-    tests = "\n".join(row["test_list"])
-    return (
-        f"You are an expert Python programmer, and here is your task: {row['text']}"
-        f" Your code should pass these tests:\n\n{tests}"
-    )
-
-
-_SPLITS = {"train": "train", "test": "test"}
-HUB_SETS = {
-    "gsm8k": HubSet(
-        "openai/gsm8k", "main", _SPLITS, lambda row: row["question"], lambda row: row["answer"]
-    ),
-    "alpaca": HubSet(  # has one split: the last 1,000 are for measuring
-        "tatsu-lab/alpaca",
-        None,
-        {"train": "train[:-1000]", "test": "train[-1000:]"},
-        _alpaca,
-        lambda row: row["output"],
-    ),
-    "mbpp": HubSet(
-        "google-research-datasets/mbpp", "full", _SPLITS, _mbpp, lambda row: row["code"]
-    ),
-    "cnndm": HubSet(
-        "abisee/cnn_dailymail",
-        "3.0.0",
-        _SPLITS,
-        lambda row: f"Summarize: {row['article']}",
-        lambda row: row["highlights"],
-    ),
-    "xsum": HubSet(  # its main branch holds a loading script, which `datasets` no longer runs
-        "EdinburghNLP/xsum",
-        None,
-        _SPLITS,
-        lambda row: f"Summarize: {row['document']}",
-        lambda row: row["summary"],
-        "refs/convert/parquet",
-    ),
-}
-
-
-def task_prompts(name: str, limit: int | None = None, split: str = "test") -> list[Prompt]:
-    """Prompts of a hub set by its task name, with the customary prompt and the set's own answer.
-
-    split: "test" for measuring, "train" for training. Raises UserError where the hub is not there.
-    """
-    if name not in HUB_SETS:
-        raise UserError(f"no file and no task {name!r}; tasks are {', '.join(HUB_SETS)}")
-    hub = HUB_SETS[name]
-    import datasets  # slow to import, and not needed for files
-
-    try:
-        rows = datasets.load_dataset(
-            hub.path, hub.name, split=hub.splits[split], revision=hub.revision
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"cannot load task {name!r} ({hub.path}) from the hub: {str(error).splitlines()[0]};"
-            " give a JSON Lines file with `messages`, or --prompts self"
-        ) from error
-    rows = rows.select(range(min(limit or len(rows), len(rows))))
-    return [
-        {
-            "id": f"{name}-{split}-{i}",
-            "task": name,
-            "messages": [
-                {"role": "user", "content": hub.prompt(row)},
-                {"role": "assistant", "content": hub.answer(row)},
-            ],
-            "where": f"{hub.path} {split}:{i}",
-        }
-        for i, row in enumerate(rows)
-        if hub.prompt(row).strip()
-    ]
 
 
 # ---------------------------------------------------------------- the form of a conversation
@@ -415,50 +319,3 @@ def mend_jsonl(path: str | Path) -> bool:
         if whole != len(data):
             file.truncate(whole)
     return whole > 0
-
-
-# ---------------------------------------------------------------- texts that must stay apart
-
-
-def normalise(text: str) -> str:
-    """Lower-case words of a text, Unicode-folded, without punctuation, single spaces between."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(c if c.isalnum() else " " for c in folded).split())
-
-
-RUN = 8  # words
-
-
-class Measured:
-    """The user texts of measuring files, to keep training prompts apart from them.
-
-    A text is among them if its normalised form equals a user message there or, from RUN words on,
-    if all its runs of RUN words occur there.
-    """
-
-    def __init__(self, paths: Iterable[str | Path]) -> None:
-        self.texts: set[str] = set()
-        self.runs: set[int] = set()
-        for path in paths:
-            for prompt in read_prompts(path):
-                for text in user_texts(prompt["messages"]):
-                    self.texts.add(text)
-                    self.runs.update(_runs(text))
-
-    def __contains__(self, messages: list[Message]) -> bool:
-        return any(self._holds(text) for text in user_texts(messages))
-
-    def _holds(self, text: str) -> bool:
-        runs = _runs(text)
-        return text in self.texts or bool(runs) and self.runs.issuperset(runs)
-
-
-def user_texts(messages: list[Message]) -> list[str]:
-    """The normalised user messages of a conversation."""
-    return [normalise(m["content"]) for m in messages if m["role"] == "user"]
-
-
-def _runs(text: str) -> list[int]:
-    """Hashes of all runs of RUN words."""
-    words = text.split()
-    return [hash(tuple(words[i : i + RUN])) for i in range(len(words) - RUN + 1)]

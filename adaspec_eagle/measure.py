@@ -33,6 +33,7 @@ from adaspec_eagle import data
 from adaspec_eagle.errors import UserError, explain_out_of_memory
 from adaspec_eagle.generate import generate
 from adaspec_eagle.head import DraftHead, load_head
+from adaspec_eagle.hub import task_prompts
 from adaspec_eagle.record import environment, interval, resampled_sums, sha256, shown
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import DEFAULT_TARGET, Target
@@ -249,7 +250,7 @@ def read_source(name: str, target: Target, limit: int | None, max_new_tokens: in
     elif path.suffix or len(path.parts) > 1:
         raise UserError(f"prompt file {name} does not exist")
     else:
-        records = data.task_prompts(name, limit)
+        records = task_prompts(name, limit)
         digest = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
     prompts = [_prompt(record, name, target) for record in records]
     if not prompts:

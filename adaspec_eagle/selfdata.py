@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adaspec_eagle.data import ChatFrame, Prompt, chat_frame, normalise
+from adaspec_eagle.apart import normalise
+from adaspec_eagle.data import ChatFrame, Prompt, chat_frame
 from adaspec_eagle.generate import generate
 from adaspec_eagle.targets import Target
 

@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 from adaspec_eagle.answers import Settings, Tally, answer_prompts, answer_self, give_answers
-from adaspec_eagle.data import HUB_SETS, Measured, Prompt, read_prompts, task_prompts
+from adaspec_eagle.apart import Measured
+from adaspec_eagle.data import Prompt, read_prompts
 from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.hub import HUB_SETS, task_prompts
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
 
 SELF_TOKENS = 200_000

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from adaspec_eagle import answers, data, selfdata
 from adaspec_eagle.answers import Settings, answer_prompts, answer_self
+from adaspec_eagle.apart import Measured
 from adaspec_eagle.data import (
-    Measured,
     append_jsonl,
     chat_frame,
     load_training,
@@ -22,9 +22,9 @@ from adaspec_eagle.data import (
     read_answers,
     read_jsonl,
     read_prompts,
-    task_prompts,
 )
 from adaspec_eagle.errors import UserError
+from adaspec_eagle.hub import task_prompts
 from adaspec_eagle.selfdata import SelfBatch, broken_rule, start_ids, user_text, write_prompts
 from adaspec_eagle.targets import Target
 from eval import bench_data

@@ -19,7 +19,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"errors", "paths", "stats"},
     {"attention", "cache", "tree", "losses", "selection", "record"},
     {"targets", "verify"},
-    {"head", "data", "features"},
+    {"head", "data", "features", "hub", "apart"},
     {"draft"},
     {"generate"},
     {"distill", "selfdata", "answers"},
