@@ -8,23 +8,11 @@ with the same ones.
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
-from adaspec_eagle.apart import Measured, normalise
+from adaspec_eagle.apart import normalise
+from adaspec_eagle.asks import CHUNK, Ask, Say, Settings, Tally, batches, padded, tokenise
 from adaspec_eagle.data import (
     Prompt,
     Record,
@@ -36,56 +24,16 @@ from adaspec_eagle.data import (
     read_jsonl,
 )
 from adaspec_eagle.errors import UserError, explain_out_of_memory
+from adaspec_eagle.estimate import estimate, estimate_self, progress, usual_answer
 from adaspec_eagle.generate import generate
-from adaspec_eagle.selfdata import MAX_TOKENS, TEMPERATURE, TOP_P, SelfBatch, write_prompts
+from adaspec_eagle.selfdata import SelfBatch, write_prompts
 from adaspec_eagle.targets import Target
 
-CHUNK = 8  # batches that are sorted by length together
 SELF_CHUNK = 2  # batches of self-written prompts that are answered together
-MAX_CELLS = 65_536  # rows x (prompt + answer) of one batch: long prompts go in smaller batches
-USUAL_ANSWER, USUAL_KEPT = 130, 0.85  # tokens and share of prompts, before any have been seen
-TRIAL_CELLS, TRIAL_STEPS = 16_384, 8  # size of the trial that the estimate rests on
 BARREN = 8  # batches of self-written prompts in a row that may give none
-IN_MEASURING_FILE = "in a measuring file"
-
-Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How answers are made. `tokens` None: an answer to every prompt."""
-
-    tokens: int | None = None
-    temperature: float = 0.0
-    max_new_tokens: int = 224
-    max_prompt_tokens: int | None = None
-    batch_size: int = 64
-    seed: int = 0
-    exclude: Measured | None = None  # prompts that occur in it are dropped
-
-
-@dataclass
-class Tally:
-    """What a run did."""
-
-    records: int = 0  # in the file at the end
-    tokens: int = 0  # answer tokens in the file at the end
-    ended: int = 0  # answers of this run that ended by themselves
-    new_records: int = 0
-    new_tokens: int = 0
-    seconds: float = 0.0
-    dropped: Counter = field(default_factory=Counter)
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A prompt in the target's tokens."""
-
-    prompt: Prompt
-    ids: list[int]
-
-
-# ---------------------------------------------------------------- one batch
+# ---- one batch -----------------------------------------------------------------------------------
 
 
 def answer(target: Target, asks: list[Ask], settings: Settings) -> list[Record]:
@@ -101,15 +49,6 @@ def answer(target: Target, asks: list[Ask], settings: Settings) -> list[Record]:
         seed=settings.seed ^ zlib.crc32(asks[0].prompt["id"].encode()),
     )
     return [_record(target, ask, ids, settings) for ask, ids in zip(asks, out.answers, strict=True)]
-
-
-def padded(target: Target, asks: list[Ask]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both `[B, T]`, padded on the left, on the target's device."""
-    longest = max(len(ask.ids) for ask in asks)
-    gaps = [longest - len(ask.ids) for ask in asks]
-    rows = [[target.pad_token_id] * gap + ask.ids for gap, ask in zip(gaps, asks, strict=True)]
-    mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
-    return torch.tensor(rows, device=target.device), torch.tensor(mask, device=target.device)
 
 
 def _record(target: Target, ask: Ask, ids: list[int], settings: Settings) -> Record:
@@ -128,47 +67,7 @@ def _record(target: Target, ask: Ask, ids: list[int], settings: Settings) -> Rec
     )
 
 
-def batches(asks: list[Ask], settings: Settings) -> Iterator[list[Ask]]:
-    """Batches of prompts of like length, taken from CHUNK batches' worth of prompts at a time."""
-    for start in range(0, len(asks), CHUNK * settings.batch_size):
-        chunk = asks[start : start + CHUNK * settings.batch_size]
-        chunk = sorted(chunk, key=lambda ask: -len(ask.ids))  # longest first: memory shows early
-        while chunk:
-            cells = len(chunk[0].ids) + settings.max_new_tokens
-            rows = max(1, min(settings.batch_size, MAX_CELLS // cells))
-            yield chunk[:rows]
-            chunk = chunk[rows:]
-
-
-def tokenise(
-    target: Target, prompts: Iterable[Prompt], settings: Settings, dropped: Counter
-) -> list[Ask]:
-    """Prompts in the target's tokens; left out, and counted in `dropped`, are those too long and
-    those that occur in a measuring file."""
-    room = target.context - settings.max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"--max-new-tokens {settings.max_new_tokens} leaves no room in the context of"
-            f" {target.context} tokens of {target.name}"
-        )
-    limit = min(room, settings.max_prompt_tokens or room)
-    asks = []
-    if settings.exclude is not None:
-        dropped[IN_MEASURING_FILE] += 0  # so that a zero is shown
-    for prompt in prompts:
-        messages = prompt_messages(prompt["messages"])
-        if settings.exclude is not None and messages in settings.exclude:
-            dropped[IN_MEASURING_FILE] += 1
-            continue
-        ids = target.chat_ids(messages)
-        if len(ids) <= limit:
-            asks.append(Ask(prompt, ids))
-        else:
-            dropped[f"longer than {limit} tokens"] += 1
-    return asks
-
-
-# ---------------------------------------------------------------- whole runs
+# ---- whole runs ----------------------------------------------------------------------------------
 
 
 def answer_prompts(
@@ -360,131 +259,10 @@ def _missing(tally: Tally, settings: Settings) -> Settings:
 
 def _prompts_needed(tally: Tally, settings: Settings) -> int:
     """Prompts to have before answering: SELF_CHUNK batches, or what the missing tokens need."""
-    usual = tally.tokens / tally.records if tally.records else _usual(settings)
+    usual = tally.tokens / tally.records if tally.records else usual_answer(settings)
     missing = (settings.tokens or 0) - tally.tokens
     return max(1, min(SELF_CHUNK * settings.batch_size, round(missing / usual)))
 
 
 def _counts(dropped: Counter) -> str:
     return ", ".join(f"{reason}: {n}" for reason, n in dropped.most_common())
-
-
-# ---------------------------------------------------------------- what it will cost
-
-
-def kv_bytes_per_token(target: Target) -> int:
-    """Bytes of keys and values that one token takes in the cache."""
-    config = target.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * target.dtype.itemsize
-
-
-def estimate(target: Target, asks: list[Ask], settings: Settings) -> str:
-    """Time (from a short trial on a middling batch), memory and disk, as one line."""
-    plan = list(batches(asks, settings))
-    middling = sorted(plan, key=lambda batch: len(batch[0].ids))[len(plan) // 2]
-    cost = _trial(target, middling[0].ids, len(middling))
-    tokens = len(asks) * _usual(settings)
-    if settings.tokens is not None:
-        tokens = min(tokens, settings.tokens)
-    seconds = tokens / _speed(cost, settings)
-    cells = max(len(batch) * (len(batch[0].ids) + settings.max_new_tokens) for batch in plan)
-    return _estimate(target, tokens, seconds, cells, sum(len(ask.ids) for ask in asks))
-
-
-def estimate_self(target: Target, settings: Settings) -> str:
-    """The same for self-written prompts, the time to write them included."""
-    tokens, rows = settings.tokens or 0, settings.batch_size
-    ids = target.chat_ids([{"role": "user", "content": "How can I help a friend in need?"}])
-    cost, sampled = (_trial(target, ids, rows, sampled=sampled) for sampled in (False, True))
-    prompts = tokens / _usual(settings) / USUAL_KEPT
-    seconds = tokens / _speed(cost, settings)
-    seconds += prompts / sampled.rows * (sampled.prefill + sampled.step * MAX_TOKENS * 0.7)
-    cells = rows * (len(ids) + MAX_TOKENS + settings.max_new_tokens)
-    return _estimate(target, tokens, seconds, cells, round(prompts * 60))
-
-
-def _estimate(target: Target, tokens: int, seconds: float, cells: int, prompt_tokens: int) -> str:
-    memory = cells * kv_bytes_per_token(target) / 1e9
-    disk = 12 * (tokens + prompt_tokens) / 1e6  # an id and the text, in JSON
-    return (
-        f"estimate: {tokens:,} answer tokens in about {_clock(seconds)}, up to {memory:.1f} GB for"
-        f" keys and values, {disk:.1f} MB of disk"
-    )
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds that one batch takes."""
-
-    rows: int
-    prefill: float
-    step: float
-
-
-def _trial(target: Target, prompt: list[int], rows: int, sampled: bool = False) -> Cost:
-    """A few steps on one batch, of fewer rows if its prompts are long."""
-    rows = max(1, min(rows, TRIAL_CELLS // len(prompt)))
-    tokens = torch.tensor([prompt] * rows, device=target.device)  # [B, T]
-    steps = min(TRIAL_STEPS, target.context - len(prompt) - 1)
-    temperature, top_p = (TEMPERATURE, TOP_P) if sampled else (0.0, 1.0)
-    for new in (2, 1 + steps):  # the first warms up
-        out = generate(
-            target,
-            None,
-            tokens,
-            max_new_tokens=new,
-            temperature=temperature,
-            top_p=top_p,
-            ignore_eos=True,
-        )
-    prefill = out.stats.seconds["prefill"]
-    return Cost(rows, prefill, (sum(out.stats.seconds.values()) - prefill) / steps)
-
-
-def _speed(cost: Cost, settings: Settings) -> float:
-    """Answer tokens a second; a step of a batch that thins out takes 0.8 of a full one's time."""
-    seconds = cost.prefill + cost.step * settings.max_new_tokens * 0.8
-    return cost.rows * _usual(settings) / seconds
-
-
-def _usual(settings: Settings) -> int:
-    return min(settings.max_new_tokens, USUAL_ANSWER)
-
-
-def _clock(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-@contextmanager
-def progress(tally: Tally, settings: Settings, prompts: int) -> Iterator[Say]:
-    """A bar over tokens (over prompts, where no number of tokens is set) with tokens/s.
-
-    Gives a function that shows where `tally` stands, and what is being done.
-    """
-    by_tokens = settings.tokens is not None
-    tokens, records, began = tally.tokens, tally.records, time.perf_counter()
-    columns = (
-        TextColumn("answers"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as bar:
-        total = settings.tokens if by_tokens else prompts
-        task = bar.add_task("", total=total, completed=tokens if by_tokens else 0, text="")
-
-        def show(doing: str) -> None:
-            speed = (tally.tokens - tokens) / (time.perf_counter() - began)
-            counts = f"{tally.records} records, {tally.tokens:,} tokens, {speed:.0f} tokens/s"
-            text = f"{counts}, {doing}" if doing else counts
-            done = tally.tokens if by_tokens else tally.records - records
-            bar.update(task, completed=min(done, total or 0), text=text)
-            if not bar.console.is_terminal and not doing:
-                bar.console.print(text, highlight=False)
-
-        yield show

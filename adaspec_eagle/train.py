@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from adaspec_eagle.answers import Settings, answer_self
+from adaspec_eagle.answers import answer_self
+from adaspec_eagle.asks import Settings
 from adaspec_eagle.data import Record, load_training
 from adaspec_eagle.distill import AnswerSet, Distiller, Objective
 from adaspec_eagle.errors import UserError

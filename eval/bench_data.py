@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from adaspec_eagle.answers import Ask, Settings, batches, padded, tokenise
+from adaspec_eagle.asks import Ask, Settings, batches, padded, tokenise
 from adaspec_eagle.data import Prompt, read_prompts
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.generate import generate

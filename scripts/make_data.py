@@ -10,8 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from adaspec_eagle.answers import Settings, Tally, answer_prompts, answer_self, give_answers
+from adaspec_eagle.answers import answer_prompts, answer_self, give_answers
 from adaspec_eagle.apart import Measured
+from adaspec_eagle.asks import Settings, Tally
 from adaspec_eagle.data import Prompt, read_prompts
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.hub import HUB_SETS, task_prompts

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,9 +12,10 @@ from tiny import tiny_model, tiny_target, tiny_target_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from adaspec_eagle import answers, data, selfdata
-from adaspec_eagle.answers import Settings, answer_prompts, answer_self
+from adaspec_eagle import answers, asks, data, selfdata
+from adaspec_eagle.answers import answer_prompts, answer_self
 from adaspec_eagle.apart import Measured
+from adaspec_eagle.asks import Settings, batches, tokenise
 from adaspec_eagle.data import (
     append_jsonl,
     chat_frame,
@@ -75,8 +77,8 @@ def byte_target(template=None):
 
 def test_records_survive_writing_and_reading(tmp_path):
     target = tiny_target()
-    asks = answers.tokenise(target, [prompt(i) for i in range(4)], SETTINGS, answers.Counter())
-    made = answers.answer(target, asks, SETTINGS)
+    found = tokenise(target, [prompt(i) for i in range(4)], SETTINGS, Counter())
+    made = answers.answer(target, found, SETTINGS)
     append_jsonl(tmp_path / "a.jsonl", made[:1])
     append_jsonl(tmp_path / "a.jsonl", made[1:])
     packed = tmp_path / "b.jsonl.gz"
@@ -350,12 +352,12 @@ def test_prompts_too_long_are_dropped_and_counted(tmp_path):
 
 def test_batches_are_of_like_length_and_hold_every_prompt_once(monkeypatch):
     target = tiny_target()
-    asks = answers.tokenise(target, [prompt(i) for i in range(20)], SETTINGS, answers.Counter())
-    plan = list(answers.batches(asks, SETTINGS))
-    assert sorted(a.prompt["id"] for b in plan for a in b) == sorted(a.prompt["id"] for a in asks)
+    found = tokenise(target, [prompt(i) for i in range(20)], SETTINGS, Counter())
+    plan = list(batches(found, SETTINGS))
+    assert sorted(a.prompt["id"] for b in plan for a in b) == sorted(a.prompt["id"] for a in found)
     assert max(len({len(ask.ids) for ask in batch}) for batch in plan) <= 2
-    monkeypatch.setattr(answers, "MAX_CELLS", 2 * (SETTINGS.max_new_tokens + 8))
-    assert max(len(batch) for batch in answers.batches(asks, SETTINGS)) == 2
+    monkeypatch.setattr(asks, "MAX_CELLS", 2 * (SETTINGS.max_new_tokens + 8))
+    assert max(len(batch) for batch in batches(found, SETTINGS)) == 2
 
 
 def test_prompts_with_the_same_id_are_refused(tmp_path):
