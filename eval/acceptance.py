@@ -19,16 +19,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from adaspec_eagle import measure
+from adaspec_eagle.bench import Bench, Source, add_arguments, describe_bench, open_bench, positive
 from adaspec_eagle.data import Record
 from adaspec_eagle.distill import teacher_forced
 from adaspec_eagle.errors import run_main
+from adaspec_eagle.figures import DEFINITIONS as COMMON
+from adaspec_eagle.figures import acceptance_figures, total, units_of
+from adaspec_eagle.measure import Arm, Unit, build_arms, run_arms
 from adaspec_eagle.record import one_line, with_interval, write_json
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
-DEFINITIONS = {
-    name: measure.DEFINITIONS[name] for name in ("tau", "acceptance_by_depth", "ci95")
-} | {
+DEFINITIONS = {name: COMMON[name] for name in ("tau", "acceptance_by_depth", "ci95")} | {
     "alpha_by_depth": "P(depth d accepted | depth d-1 accepted), d = 1, 2, ..., greedy chains",
     "greedy_alpha": "accepted / (accepted + rejected) draft tokens, greedy chains",
     "overlap": "mean over positions of sum_v min(p_v, q_v), p over the target's full vocabulary, "
@@ -44,25 +45,25 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument(
-        "--chain", type=measure.positive, default=5, metavar="K", help="draft length; default: 5"
+        "--chain", type=positive, default=5, metavar="K", help="draft length; default: 5"
     )
-    measure.add_arguments(made, PROMPTS)
+    add_arguments(made, PROMPTS)
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Decode, score, print, record."""
     args = parser().parse_args(argv)
-    bench = by_task(measure.open_bench(args))
+    bench = by_task(open_bench(args))
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(f"head: {bench.choice.folder} ({bench.choice.why})", markup=False, soft_wrap=True)
-    (arm,) = measure.build_arms(bench, {"chain": f"chain:{args.chain}"})[2:]
-    units = measure.run_arms(bench, [arm], "decoding")
+    (arm,) = build_arms(bench, {"chain": f"chain:{args.chain}"})[2:]
+    units = run_arms(bench, [arm], "decoding")
     names = [source.name for source in bench.sources]
-    tasks = {name: figures(bench, arm, measure.units_of(units, name), args) for name in names}
+    tasks = {name: figures(bench, arm, units_of(units, name), args) for name in names}
     result = {
         "kind": "acceptance",
-        **measure.describe_bench(bench, args),
+        **describe_bench(bench, args),
         "tasks": tasks,
         "all": figures(bench, arm, units, args) if len(names) > 1 else tasks[names[0]],
         "definitions": DEFINITIONS,
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def by_task(bench: measure.Bench) -> measure.Bench:
+def by_task(bench: Bench) -> Bench:
     """The same prompts with a source for each task: files that hold several tasks are split."""
     sources = []
     for source in bench.sources:
@@ -82,29 +83,29 @@ def by_task(bench: measure.Bench) -> measure.Bench:
         for task in tasks:
             name = source.name if len(tasks) == 1 else f"{source.name}: {task}"
             prompts = [replace(p, source=name) for p in source.prompts if p.task == task]
-            sources.append(measure.Source(name, source.sha256, prompts))
+            sources.append(Source(name, source.sha256, prompts))
     return replace(bench, sources=sources)
 
 
 def figures(
-    bench: measure.Bench, arm: measure.Arm, units: Sequence[measure.Unit], args: argparse.Namespace
+    bench: Bench, arm: Arm, units: Sequence[Unit], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Acceptance while decoding these units, and teacher-forced on the answers that came out."""
     stats = [unit.outcomes[arm.key].stats for unit in units]
     records = [record for unit in units for record in answers(bench, arm, unit)]
     forced = teacher_forced(bench.target, bench.head, records, args.chain, args.batch_size)
-    summed = measure.total(stats)
+    summed = total(stats)
     return {
         "prompts": len(records),
         "new_tokens": summed.new_tokens,
         "rounds": summed.rounds,
         "tau": summed.tau,
-        **measure.acceptance_figures(stats, arm, args.seed),
+        **acceptance_figures(stats, arm, args.seed),
         **{name: forced[name] for name in ("overlap", "match", "tau_sim")},
     }
 
 
-def answers(bench: measure.Bench, arm: measure.Arm, unit: measure.Unit) -> list[Record]:
+def answers(bench: Bench, arm: Arm, unit: Unit) -> list[Record]:
     """The unit's greedy answers as training records."""
     target = bench.target
     return [

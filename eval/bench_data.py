@@ -28,10 +28,11 @@ from rich.progress import track
 from torch import Tensor
 
 from adaspec_eagle.asks import Ask, Settings, batches, padded, tokenise
+from adaspec_eagle.bench import positive
 from adaspec_eagle.data import Prompt, read_prompts
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.generate import generate
-from adaspec_eagle.measure import greedy_baseline, positive
+from adaspec_eagle.measure import greedy_baseline
 from adaspec_eagle.record import bootstrap_ratio, environment, one_line, write_json
 from adaspec_eagle.selfdata import write_prompts
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe

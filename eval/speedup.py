@@ -16,8 +16,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from adaspec_eagle import measure, plots
+from adaspec_eagle import plots
+from adaspec_eagle.bench import add_arguments, add_draft_arguments, draft_shapes, open_bench
 from adaspec_eagle.errors import run_main
+from adaspec_eagle.figures import speedup_result, without_prompts
+from adaspec_eagle.measure import build_arms, run_arms
 from adaspec_eagle.record import one_line, write_json
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
@@ -29,27 +32,27 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    measure.add_draft_arguments(made)
-    measure.add_arguments(made, PROMPTS)
+    add_draft_arguments(made)
+    add_arguments(made, PROMPTS)
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, record."""
     args = parser().parse_args(argv)
-    bench = measure.open_bench(args)
+    bench = open_bench(args)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(f"head: {bench.choice.folder} ({bench.choice.why})", markup=False, soft_wrap=True)
-    arms = measure.build_arms(bench, measure.draft_shapes(args.tree, args.chain))
-    units = measure.run_arms(bench, arms, "measuring")
-    result = measure.speedup_result(bench, args, arms, units)
+    arms = build_arms(bench, draft_shapes(args.tree, args.chain))
+    units = run_arms(bench, arms, "measuring")
+    result = speedup_result(bench, args, arms, units)
     show(console, result)
     if args.out:
         write_json(args.out / "result.json", result)
         plots.speedup_png(result, args.out / "speedup.png")
         files = f"{args.out / 'result.json'}, {args.out / 'speedup.png'}"
         console.print(f"written: {files}", markup=False, soft_wrap=True)
-    print(one_line(measure.without_prompts(result)))
+    print(one_line(without_prompts(result)))
     return 0
 
 

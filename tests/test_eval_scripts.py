@@ -8,8 +8,11 @@ import pytest
 import torch
 from tiny import tiny_head, tiny_target, tiny_target_folder
 
-from adaspec_eagle import Target, measure
+from adaspec_eagle import Target
+from adaspec_eagle.bench import Prompt, draft_shapes, find_head
 from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.figures import BASELINES, RATIOS, total
+from adaspec_eagle.measure import PARTS, greedy_baseline, left_padded
 from adaspec_eagle.stats import AcceptanceStats
 
 EVAL = Path(__file__).parents[1] / "eval"
@@ -86,7 +89,7 @@ def test_tree_alone_runs_both_baselines_a_chain_of_four_and_a_dynamic_tree(measu
 
 def test_every_ratio_has_an_interval_that_holds_it(measured):
     for arm in measured["arms"].values():
-        for name in measure.RATIOS:
+        for name in RATIOS:
             low, high = arm[f"{name}_ci95"]
             assert low <= arm[name] * 1.000001
             assert arm[name] <= high * 1.000001
@@ -105,14 +108,14 @@ def test_a_ratio_is_one_of_sums_over_all_prompts(measured):
 def test_speedup_columns_agree_with_tokens_per_second(measured):
     arms = measured["arms"]
     for arm in arms.values():
-        for base in measure.BASELINES:
+        for base in BASELINES:
             ratio = arm["tokens_per_s"] / arms[base]["tokens_per_s"]
             assert arm[f"speedup_vs_{base}"] == pytest.approx(ratio)
 
 
 def test_parts_of_the_time_add_up_to_the_wall_time(measured):
     for arm in measured["arms"].values():
-        assert set(arm["seconds"]) == set(measure.PARTS)
+        assert set(arm["seconds"]) == set(PARTS)
         assert sum(arm["seconds"].values()) == pytest.approx(arm["wall_s"])
         assert arm["seconds"]["prefill"] > 0
 
@@ -147,7 +150,7 @@ def test_files_are_named_hashed_and_reported_apart(measured):
 
 def test_headline_is_over_the_faster_baseline(measured):
     arms, headline = measured["arms"], measured["headline"]
-    faster = max(measure.BASELINES, key=lambda key: arms[key]["tokens_per_s"])
+    faster = max(BASELINES, key=lambda key: arms[key]["tokens_per_s"])
     assert headline["over"] == faster
     assert headline["speedup"] == arms["tree"][f"speedup_vs_{faster}"]
     assert f"`{faster}`" in headline["sentence"]
@@ -195,11 +198,11 @@ def test_lossless_passes_in_every_dtype_by_its_own_rule(here, capsys, dtype):
 
 def test_lossless_fails_where_an_answer_is_not_the_targets(here, capsys, monkeypatch):
     def wrong(bench, shape, ids, mask):
-        answers, stats = measure.greedy_baseline(bench.target, bench.max_new_tokens, ids, mask)
+        answers, stats = greedy_baseline(bench.target, bench.max_new_tokens, ids, mask)
         return [[*answer[:3], (answer[3] + 1) % 97, *answer[4:]] for answer in answers], stats
 
     module = script("lossless")
-    monkeypatch.setattr(module.measure, "decode", wrong)
+    monkeypatch.setattr("adaspec_eagle.rescore.decode", wrong)
     assert module.main(arguments("--prompts", "a.jsonl", "--chain", "2")) == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     first = result["modes"]["chain"]["differences"][0]
@@ -249,12 +252,12 @@ def test_a_head_for_other_weights_is_passed_over(work, here):
     newer = work / "runs" / "two" / "head"
     newer.mkdir(parents=True, exist_ok=True)
     (newer / "config.json").write_text(json.dumps(config | {"target_fingerprint": "0" * 16}))
-    assert measure.find_head(target).folder == Path("runs/one/head")
+    assert find_head(target).folder == Path("runs/one/head")
 
 
 def test_without_a_head_the_error_says_how_to_get_one(tmp_path):
     with pytest.raises(UserError, match=r"train_head\.py"):
-        measure.find_head(tiny_target(), tmp_path)
+        find_head(tiny_target(), tmp_path)
 
 
 def test_a_prompt_longer_than_the_context_is_named(here, capsys):
@@ -281,16 +284,16 @@ def test_a_missing_prompt_file_is_named(here, capsys):
     ],
 )
 def test_shapes_follow_tree_and_chain(tree, chain, shapes):
-    assert measure.draft_shapes(tree, chain) == shapes
+    assert draft_shapes(tree, chain) == shapes
 
 
 def test_the_baseline_leaves_the_models_own_settings_as_they_were():
     target = tiny_target()
     target.model.generation_config.repetition_penalty = 5.0
-    plain, _ = measure.greedy_baseline(target, 6, *tokens([7, 8, 9]))
+    plain, _ = greedy_baseline(target, 6, *tokens([7, 8, 9]))
     assert target.model.generation_config.repetition_penalty == 5.0
     target.model.generation_config.repetition_penalty = 1.0
-    assert measure.greedy_baseline(target, 6, *tokens([7, 8, 9]))[0] == plain
+    assert greedy_baseline(target, 6, *tokens([7, 8, 9]))[0] == plain
 
 
 def tokens(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,10 +304,10 @@ def tokens(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_rows_of_unequal_length_count_the_same_alone_and_in_a_batch():
     target = tiny_target()
-    prompts = [measure.Prompt(str(n), "", "", [], list(range(9, 9 + n))) for n in (3, 5)]
-    both, stats = measure.greedy_baseline(target, 6, *measure.left_padded(prompts, target))
-    alone = [measure.greedy_baseline(target, 6, *measure.left_padded([p], target)) for p in prompts]
+    prompts = [Prompt(str(n), "", "", [], list(range(9, 9 + n))) for n in (3, 5)]
+    both, stats = greedy_baseline(target, 6, *left_padded(prompts, target))
+    alone = [greedy_baseline(target, 6, *left_padded([p], target)) for p in prompts]
     assert both == [answers[0] for answers, _ in alone]
-    summed = measure.total([one for _, one in alone])
+    summed = total([one for _, one in alone])
     assert (stats.rounds, stats.new_tokens) == (summed.rounds, summed.new_tokens)
     assert AcceptanceStats(stats.accepted).accepted_tokens == 0

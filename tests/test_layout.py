@@ -23,8 +23,9 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"draft"},
     {"generate"},
     {"distill", "selfdata", "asks", "estimate"},
-    {"answers", "measure", "plots"},
-    {"train"},
+    {"answers", "bench", "plots"},
+    {"train", "measure"},
+    {"figures", "rescore"},
 ]
 
 

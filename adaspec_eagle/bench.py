@@ -1,0 +1,224 @@
+"""What a measurement needs, loaded and checked: arguments, target, head, prompts."""
+
+import argparse
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+from adaspec_eagle.data import prompt_messages, read_prompts
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.head import DraftHead, load_head
+from adaspec_eagle.hub import task_prompts
+from adaspec_eagle.record import environment, sha256, shown
+from adaspec_eagle.targets import DEFAULT_TARGET, Target
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, ready for the target."""
+
+    id: str
+    task: str
+    source: str  # file or task name, as given
+    messages: list[dict[str, str]]
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A prompt file (or a task's prompts) and how much of it is used."""
+
+    name: str
+    sha256: str
+    prompts: list[Prompt]
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says about it."""
+        return {"file": self.name, "sha256": self.sha256, "prompts": len(self.prompts)}
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """Which draft head is measured, and why that one."""
+
+    folder: Path
+    why: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that a measurement needs, loaded and checked."""
+
+    target: Target
+    head: DraftHead
+    choice: HeadChoice
+    sources: list[Source]
+    max_new_tokens: int
+    batch_size: int
+    allow_other_target: bool = False
+
+    def units(self) -> list[list[Prompt]]:
+        """Batches of prompts of one source each, in the order given."""
+        size = self.batch_size
+        starts = [(s.prompts, i) for s in self.sources for i in range(0, len(s.prompts), size)]
+        return [prompts[i : i + size] for prompts, i in starts]
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser, prompts: Path) -> None:
+    """The options that every measuring script has; `prompts` is the default prompt file."""
+    add = parser.add_argument
+    add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (default: %(default)s)")
+    add("--head", type=Path, metavar="DIR", help="draft head; default: the newest runs/*/head that "
+        "was trained for this target, else the one that ships")  # fmt: skip
+    add("--prompts", nargs="+", action="extend", metavar="FILE|TASK",
+        help=f"prompt files (JSON Lines) or task names; default: {prompts.name}")  # fmt: skip
+    add("--limit", type=positive, metavar="N", help="use the first N prompts of each file")
+    add("--max-new-tokens", type=positive, default=128, metavar="N", help="default: %(default)s")
+    add("--batch-size", type=positive, default=1, metavar="B", help="default: %(default)s")
+    add("--dtype", help="bfloat16, float32, float64; default: bfloat16 where the device computes "
+        "it natively, else float32")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the bootstrap (decoding is greedy); default: 0")
+    add("--out", type=Path, metavar="DIR", help="folder for result.json")
+    add("--allow-other-target", action="store_true",
+        help="measure a head that was trained for other weights")  # fmt: skip
+    parser.set_defaults(default_prompts=prompts)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--tree` and `--chain`."""
+    add = parser.add_argument
+    add("--tree", nargs="?", const="dynamic", choices=("dynamic", "static"),
+        help="draft trees (dynamic unless named); alone it also runs a chain of 4")  # fmt: skip
+    add("--chain", type=positive, metavar="K", help="draft chains of K tokens")
+
+
+def draft_shapes(tree: str | None, chain: int | None) -> dict[str, str]:
+    """Arm key -> shape. With neither option the same as a bare `--tree`."""
+    if tree is None and chain is None:
+        tree = "dynamic"
+    shapes = {"chain": f"chain:{chain or 4}"} if chain or tree else {}
+    return shapes | ({"tree": tree} if tree else {})
+
+
+# ---- choosing: target, head, prompts -------------------------------------------------------------
+
+
+def open_bench(args: argparse.Namespace) -> Bench:
+    """Load target, head and prompts as the arguments say. Raises UserError on anything unfit."""
+    target = Target.load(args.target, dtype=args.dtype)
+    choice = HeadChoice(args.head, "--head") if args.head else find_head(target)
+    head = load_head(choice.folder, target, allow_other_target=args.allow_other_target)
+    names = list(dict.fromkeys(args.prompts or [shown(args.default_prompts)]))
+    sources = [read_source(name, target, args.limit, args.max_new_tokens) for name in names]
+    sizes = (args.max_new_tokens, args.batch_size)
+    return Bench(target, head, choice, sources, *sizes, args.allow_other_target)
+
+
+def find_head(target: Target, runs: Path = Path("runs")) -> HeadChoice:
+    """The newest `runs/*/head` trained for these weights, else the shipped head for them."""
+    trained = [c for c in runs.glob("*/head/config.json") if _fits(c, target)]
+    if trained:
+        newest = max(trained, key=lambda config: config.stat().st_mtime)
+        return HeadChoice(newest.parent, f"the newest under {runs}/ for this target")
+    shipped = Path(str(package_files("adaspec_eagle.heads"))) / "pretrained"
+    for config in sorted(shipped.glob("*/config.json")):
+        if _fits(config, target):
+            return HeadChoice(config.parent, "shipped with the package")
+    raise UserError(
+        f"no draft head for target {target.name!r} (weights {target.fingerprint}): none under "
+        f"{runs}/*/head and none ships. Train one (python scripts/train_head.py --target "
+        f"{target.name}) or name one (--head DIR)"
+    )
+
+
+def _fits(config: Path, target: Target) -> bool:
+    """Whether the head with this config.json was trained for these weights (unreadable: no)."""
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(fields, dict) and fields.get("target_fingerprint") == target.fingerprint
+
+
+def read_source(name: str, target: Target, limit: int | None, max_new_tokens: int) -> Source:
+    """Prompts of a file, or of a task by its name, as token ids; too long ones are refused."""
+    path = Path(name)
+    if path.exists():
+        records, digest = read_prompts(path, limit), sha256(path)
+    elif path.suffix or len(path.parts) > 1:
+        raise UserError(f"prompt file {name} does not exist")
+    else:
+        records = task_prompts(name, limit)
+        digest = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+    prompts = [_prompt(record, name, target) for record in records]
+    if not prompts:
+        raise UserError(f"{name} has no prompts")
+    for prompt in prompts:
+        _check_length(prompt, target, max_new_tokens)
+    return Source(name, digest, prompts)
+
+
+def _prompt(record: dict[str, Any], source: str, target: Target) -> Prompt:
+    messages = prompt_messages(record["messages"])  # the first turn only
+    ids = target.chat_ids(messages)
+    return Prompt(record["id"], record.get("task") or "", source, messages, ids)
+
+
+def _check_length(prompt: Prompt, target: Target, max_new_tokens: int) -> None:
+    need = len(prompt.ids) + max_new_tokens
+    if need > target.context:
+        raise UserError(
+            f"prompt {prompt.id} of {prompt.source} has {len(prompt.ids)} tokens; with "
+            f"{max_new_tokens} new ones that is {need}, over the target's context of "
+            f"{target.context}. Lower --max-new-tokens or leave the prompt out"
+        )
+
+
+# ---- for the record ------------------------------------------------------------------------------
+
+
+def describe_bench(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+    """The part of a result that says what was measured, with what, and where."""
+    target, folder = bench.target, bench.choice.folder
+    dtype = str(target.dtype).removeprefix("torch.")
+    given = {name: value for name, value in vars(args).items() if name != "default_prompts"}
+    arguments = {name: _plain(value) for name, value in given.items()}
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "arguments": arguments,
+        "target": {
+            "name": target.name,
+            "fingerprint": target.fingerprint,
+            "dtype": dtype,
+            "device": str(target.device),
+        },
+        "head": {
+            "folder": shown(folder),
+            "chosen": bench.choice.why,
+            "sha256": sha256(folder / "model.safetensors"),
+            "config": asdict(bench.head.config),
+        },
+        "prompts": [source.describe() for source in bench.sources],
+        "turns": "first",
+        "environment": environment(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON takes it."""
+    return str(value) if isinstance(value, Path) else value
