@@ -221,7 +221,8 @@ class Drafter:
 
     def _remember(self, hidden: Tensor, length: Tensor) -> None:
         """Keep the state at each row's last pair: hidden `[B, T, H]`, length `[B]`."""
-        last = (length - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        last = (length - 1).clamp(min=0)  # rows at rest take in nothing; what they hold is unused
+        last = last[:, None, None].expand(-1, 1, hidden.shape[-1])
         self.hidden = hidden.gather(1, last)[:, 0]
         self.logits = self.head.logits(self.hidden)
 

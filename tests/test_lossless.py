@@ -126,6 +126,20 @@ def test_accepted_nodes_are_committed_in_ragged_rows(arch, tree):
         assert generate(target, head, alone, max_new_tokens=24).answers[0] == found.answers[row]
 
 
+def test_rows_at_rest_in_a_large_batch_change_nothing():
+    """More than eight rows: those that have ended stay in the batch until a quarter has.
+
+    The first version looked up the last accepted pair of a row that had accepted none.
+    """
+    target = tiny_target("qwen3")
+    torch.manual_seed(1)
+    ids = torch.randint(8, VOCAB, (12, 6))
+    mask = torch.ones_like(ids)
+    head = oracle(target, ids[:5], mask[:5], depth=3)  # knows five rows: they end first
+    found = generate(target, head, ids, mask, tree="chain:3", max_new_tokens=20)
+    assert torch.equal(found.sequences, reference(target, ids, mask, new=20))
+
+
 def test_growing_the_cache_changes_nothing():
     target = tiny_target()
     head = tiny_head(target)
