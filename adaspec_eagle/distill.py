@@ -328,7 +328,9 @@ class Distiller(Trainer):
         self.target = target
         self.objective: Objective = objective
         self.reference = reference
-        self.loss_is_scaled_for_ga = True  # by the counts of get_batch_samples
+        # The loss is divided by the counts of get_batch_samples: no further division (the second
+        # name is that of earlier versions of transformers).
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

@@ -105,6 +105,8 @@ class Target:
         if gguf_file:
             kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
         model: Any  # transformers' annotations of `to` do not take a device
+        if not sys.stderr.isatty():  # a bar that moves is of no use in a log
+            transformers_logging.disable_progress_bar()
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **options, **kwargs)
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -245,7 +247,8 @@ def default_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        found = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 and later
+        native = found.get("avx512_bf16", False) or found.get("amx_bf16", False)
     return torch.bfloat16 if native else torch.float32
 
 
