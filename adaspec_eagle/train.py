@@ -2,31 +2,26 @@
 
 import json
 import os
-import signal
-import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers import PrinterCallback, TrainingArguments
 
 from adaspec_eagle.answers import answer_self
 from adaspec_eagle.asks import Settings
-from adaspec_eagle.data import Record, load_training
+from adaspec_eagle.callbacks import Interrupted, ProgressLine, StopGently, newest_checkpoint, say
+from adaspec_eagle.data import load_training
 from adaspec_eagle.distill import AnswerSet, Distiller, Objective
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.features import MODES, FeatureTable, choose_mode, make_table, row_width
+from adaspec_eagle.features import MODES, FeatureTable, choose_mode, row_width
 from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new_head
 from adaspec_eagle.losses import LOSSES
 from adaspec_eagle.paths import default_cache_dir
+from adaspec_eagle.prepare import compute_features, draft_vocab, split_records
 from adaspec_eagle.record import environment, write_json
 from adaspec_eagle.selection import parse_keep
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
@@ -117,7 +112,7 @@ def run_training(config: TrainConfig, out: Path, resume: bool = False) -> Path:
     """
     config = _settle(config, out, resume)
     target = Target.load(config.target, config.dtype, config.device)
-    _say(describe(target))
+    say(describe(target))
     config.unroll = config.unroll or head_class(config.head).default_unroll
     job = _prepare(config, out, target)
     reference = None
@@ -171,7 +166,7 @@ def _prepare(config: TrainConfig, out: Path, target: Target) -> Job:
     train, held = split_records(records, config.held_back, config.seed)
     vocab, coverage = draft_vocab(train, target, config.draft_vocab)
     answers = sum(len(record.answer_ids) for record in train)
-    _say(
+    say(
         f"{len(train)} records, {answers:,} answer tokens to train on, {len(held)} held back; "
         f"draft vocabulary {len(vocab):,} of {target.vocab_size:,} covers {coverage:.2%} of "
         "answer tokens"
@@ -196,7 +191,7 @@ def _prepare(config: TrainConfig, out: Path, target: Target) -> Job:
     tables: list[FeatureTable | None] = [None, None]
     if config.features != "recompute":
         begin = time.perf_counter()
-        table = _features(target, [*train, *held], layers, out, config.features)
+        table = compute_features(target, [*train, *held], layers, out, config.features)
         facts["feature_seconds"] = time.perf_counter() - begin
         cut = len(train)
         tables = [
@@ -212,61 +207,9 @@ def _self_written(config: TrainConfig, target: Target) -> Path:
     """Data that the target writes itself, kept in the user's cache for the next run."""
     path = default_cache_dir() / "data" / f"self-{target.fingerprint}-seed{config.seed}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _say(f"no --data: {target.name} writes {config.tokens:,} answer tokens to {path}")
-    answer_self(target, path, Settings(tokens=config.tokens, seed=config.seed), _say)
+    say(f"no --data: {target.name} writes {config.tokens:,} answer tokens to {path}")
+    answer_self(target, path, Settings(tokens=config.tokens, seed=config.seed), say)
     return path
-
-
-def split_records(
-    records: list[Record], held_back: int, seed: int
-) -> tuple[list[Record], list[Record]]:
-    """(training, held back): at most `held_back` records and at most a tenth, drawn by seed."""
-    count = min(held_back, len(records) // 10) or 1
-    if len(records) < 2:
-        raise UserError("one record is too few: training needs some, evaluation needs others")
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = sorted(order[:count])
-    chosen = set(held)
-    return [r for i, r in enumerate(records) if i not in chosen], [records[i] for i in held]
-
-
-def draft_vocab(records: Sequence[Record], target: Target, size: int) -> tuple[torch.Tensor, float]:
-    """The `size` most frequent answer tokens as ids `[Vd]`, and the share of answers they cover.
-
-    End tokens are always in; ties and what is left over go to the lower id.
-    """
-    counts = torch.zeros(target.vocab_size, dtype=torch.long)
-    for record in records:
-        counts += torch.bincount(torch.tensor(record.answer_ids), minlength=target.vocab_size)
-    total = int(counts.sum())
-    ranked = counts.clone()
-    ranked[target.eos_token_ids] = total + 1
-    ids = ranked.sort(descending=True, stable=True).indices[: min(size, target.vocab_size)]
-    return ids.sort().values, float(counts[ids].sum()) / total
-
-
-def _features(
-    target: Target, records: list[Record], layers: list[int], out: Path, mode: str
-) -> FeatureTable:
-    """The feature table of all records, with a progress bar; on disk under OUT/features."""
-    file = None
-    if mode == "disk":
-        (out / "features").mkdir(exist_ok=True)
-        file = out / "features" / "rows.bin"
-    ids = [record.prompt_ids + record.answer_ids for record in records]
-    columns = (
-        TextColumn("features"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tokens, left"),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("", total=sum(map(len, ids)))
-        for done, filled in make_table(target, ids, layers, file):
-            bar.update(task, completed=done)
-            table = filled
-    return table
 
 
 def _stage(
@@ -275,9 +218,9 @@ def _stage(
     """Train one head to OUT/NAME, from its last checkpoint if there is one."""
     folder = job.out / name
     if (folder / "train.json").exists():
-        _say(f"{folder} is finished already")
+        say(f"{folder} is finished already")
         return folder
-    _say(f"training {folder}: selection {objective.select}, {epochs:g} epochs")
+    say(f"training {folder}: selection {objective.select}, {epochs:g} epochs")
     head = _fresh_head(job, name)
     checkpoints = job.out / "checkpoints" / name
     trainer = Distiller(
@@ -373,64 +316,3 @@ def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
         dataloader_pin_memory=False,
         seed=config.seed,
     )
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint: trainer_state.json is what the Trainer writes last."""
-    found = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if p.stat().st_size]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-class Interrupted(UserError):
-    """Ctrl-C stopped the training after the step in hand, with a checkpoint."""
-
-
-class StopGently(TrainerCallback):
-    """Ctrl-C finishes the step, saves a checkpoint and stops; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.before: Any = None
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Take over SIGINT."""
-
-        def ask(signum: int, frame: FrameType | None) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-            _say("stopping after this step ...")
-
-        self.before = signal.signal(signal.SIGINT, ask)
-
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Save and stop if asked."""
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Give SIGINT back."""
-        signal.signal(signal.SIGINT, self.before)
-
-
-class ProgressLine(TrainerCallback):
-    """A line a held-back evaluation; the bar itself is the Trainer's."""
-
-    def on_evaluate(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Print tau_sim and the matches of all steps."""
-        found = kwargs["metrics"]
-        match = [v for k, v in found.items() if k.startswith("eval_match_")]
-        text = " ".join(f"{value:.3f}" for value in match)
-        _say(
-            f"step {state.global_step}/{state.max_steps}: tau_sim {found['eval_tau_sim']:.3f}, "
-            f"top-1 match by step {text}"
-        )
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")

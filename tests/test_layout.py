@@ -23,7 +23,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"draft"},
     {"generate"},
     {"distill", "selfdata", "asks", "estimate"},
-    {"answers", "bench", "plots"},
+    {"answers", "bench", "callbacks", "plots", "prepare"},
     {"train", "measure"},
     {"figures", "rescore"},
 ]

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaspec_eagle import generate, load_head
+from adaspec_eagle.callbacks import newest_checkpoint
 from adaspec_eagle.errors import UserError, explain
 from adaspec_eagle.head import read_config
+from adaspec_eagle.prepare import draft_vocab
 from adaspec_eagle.targets import Target
-from adaspec_eagle.train import TrainConfig, draft_vocab, newest_checkpoint, run_training
+from adaspec_eagle.train import TrainConfig, run_training
 from scripts import train_head
 from tests.records import answers_file, record
 from tests.tiny import tiny_head, tiny_target, tiny_target_folder

@@ -1,0 +1,74 @@
+"""What the training job adds to the Trainer's loop: Ctrl-C, a line an evaluation, checkpoints."""
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from adaspec_eagle.errors import UserError
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint: trainer_state.json is what the Trainer writes last."""
+    found = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if p.stat().st_size]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class Interrupted(UserError):
+    """Ctrl-C stopped the training after the step in hand, with a checkpoint."""
+
+
+class StopGently(TrainerCallback):
+    """Ctrl-C finishes the step, saves a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: Any = None
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Take over SIGINT."""
+
+        def ask(signum: int, frame: FrameType | None) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            say("stopping after this step ...")
+
+        self.before = signal.signal(signal.SIGINT, ask)
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Save and stop if asked."""
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Give SIGINT back."""
+        signal.signal(signal.SIGINT, self.before)
+
+
+class ProgressLine(TrainerCallback):
+    """A line a held-back evaluation; the bar itself is the Trainer's."""
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Print tau_sim and the matches of all steps."""
+        found = kwargs["metrics"]
+        match = [v for k, v in found.items() if k.startswith("eval_match_")]
+        text = " ".join(f"{value:.3f}" for value in match)
+        say(
+            f"step {state.global_step}/{state.max_steps}: tau_sim {found['eval_tau_sim']:.3f}, "
+            f"top-1 match by step {text}"
+        )
+
+
+def say(text: str) -> None:
+    """A line for the user, on stderr."""
+    sys.stderr.write(text + "\n")

@@ -1,0 +1,65 @@
+"""From records to what training reads: the split, the draft vocabulary, the feature table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from adaspec_eagle.data import Record
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.features import FeatureTable, make_table
+from adaspec_eagle.targets import Target
+
+
+def split_records(
+    records: list[Record], held_back: int, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """(training, held back): at most `held_back` records and at most a tenth, drawn by seed."""
+    count = min(held_back, len(records) // 10) or 1
+    if len(records) < 2:
+        raise UserError("one record is too few: training needs some, evaluation needs others")
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = sorted(order[:count])
+    chosen = set(held)
+    return [r for i, r in enumerate(records) if i not in chosen], [records[i] for i in held]
+
+
+def draft_vocab(records: Sequence[Record], target: Target, size: int) -> tuple[torch.Tensor, float]:
+    """The `size` most frequent answer tokens as ids `[Vd]`, and the share of answers they cover.
+
+    End tokens are always in; ties and what is left over go to the lower id.
+    """
+    counts = torch.zeros(target.vocab_size, dtype=torch.long)
+    for record in records:
+        counts += torch.bincount(torch.tensor(record.answer_ids), minlength=target.vocab_size)
+    total = int(counts.sum())
+    ranked = counts.clone()
+    ranked[target.eos_token_ids] = total + 1
+    ids = ranked.sort(descending=True, stable=True).indices[: min(size, target.vocab_size)]
+    return ids.sort().values, float(counts[ids].sum()) / total
+
+
+def compute_features(
+    target: Target, records: list[Record], layers: list[int], out: Path, mode: str
+) -> FeatureTable:
+    """The feature table of all records, with a progress bar; on disk under OUT/features."""
+    file = None
+    if mode == "disk":
+        (out / "features").mkdir(exist_ok=True)
+        file = out / "features" / "rows.bin"
+    ids = [record.prompt_ids + record.answer_ids for record in records]
+    columns = (
+        TextColumn("features"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens, left"),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=sum(map(len, ids)))
+        for done, filled in make_table(target, ids, layers, file):
+            bar.update(task, completed=done)
+            table = filled
+    return table
