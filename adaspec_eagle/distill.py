@@ -1,4 +1,4 @@
-"""unroll(head, ...) and Distiller: training a draft head on a frozen target.
+"""Distiller: training a draft head on a frozen target.
 
 Legend: S unroll steps, B rows, T positions, H hidden, M supervised target positions of a batch.
 """
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
-from adaspec_eagle.attention import Unrolled
-from adaspec_eagle.cache import TreeCache
 from adaspec_eagle.data import Record
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import FeatureTable, split_rows, target_rows
@@ -23,6 +21,7 @@ from adaspec_eagle.head import DraftHead
 from adaspec_eagle.losses import LOSSES, feature_regression, overlap, per_token
 from adaspec_eagle.selection import kept, select
 from adaspec_eagle.targets import Target
+from adaspec_eagle.unroll import Batch, first_index, step_masks, step_states, supervised, unroll
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,6 @@ class Objective:
     unroll: int = 3  # S
     decay: float = 0.8  # weight of step s: decay^s
     mask_oov: bool = False  # leave out tokens whose target argmax is outside the draft vocabulary
-
-
-@dataclass
-class Batch:
-    """One micro-batch with what the target says about it."""
-
-    input_ids: Tensor  # [B, T], right-padded
-    rows: Tensor  # [M] batch row of each supervised target position
-    positions: Tensor  # [M] position p whose next token p + 1 is an answer token
-    features: Tensor  # [B, T, F * H]
-    hidden: Tensor  # [B, T, H], the target's last hidden states
 
 
 @dataclass
@@ -86,88 +74,6 @@ def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         name: torch.nn.utils.rnn.pad_sequence([item[name] for item in items], batch_first=True)
         for name in items[0]
     }
-
-
-def supervised(loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(row, position) `[M]` each of all p whose next token is an answer token."""
-    rows, positions = loss_mask[:, 1:].nonzero(as_tuple=True)
-    return rows, positions
-
-
-def step_masks(positions: Tensor, steps: int) -> Tensor:
-    """`[S, M]`: whether position p counts at step s.
-
-    The head's index at step s is i = p - 1 - s, so that i counts at step s exactly if token
-    i + 2 + s = p + 1 is an answer token; it must exist, which fails only for very short prompts.
-    """
-    return positions[None] - 1 - torch.arange(steps, device=positions.device)[:, None] >= 0
-
-
-def unroll(
-    head: DraftHead, features: Tensor, input_ids: Tensor, steps: int, begin: int = 0
-) -> list[Tensor]:
-    """Run the head `steps` times on its own hidden states, next tokens given (teacher forcing).
-
-    Step s pairs index i with token i + 1 + s, takes the hidden state of step s - 1 at i (the fused
-    features at s = 0), and attends causally to step 0 and to its own earlier steps at i: what the
-    decoder sees when it drafts token i + 2 + s. Training-time test, EAGLE-3 (arXiv 2503.01840,
-    section 3.2); HASS (arXiv 2408.15766). Later steps run from index `begin` on only. Returns S
-    hidden states: `[B, T, H]` for step 0, `[B, T - begin, H]` for the others.
-    """
-    length = input_ids.shape[1]
-    cache = TrainingCache()
-    positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-    hidden = head(head.fuse(features), _shifted(input_ids, 1), positions, None, cache, 0)
-    states = [hidden]
-    hidden = hidden[:, begin:]
-    for step in range(1, steps):
-        tokens = _shifted(input_ids, 1 + step)[:, begin:]
-        hidden = head(
-            hidden, tokens, positions[:, begin:] + step, Unrolled(length, begin), cache, step
-        )
-        states.append(hidden)
-    return states
-
-
-def _shifted(ids: Tensor, by: int) -> Tensor:
-    """Token i + by at index i `[B, T]`; the last indices, which nothing supervises, wrap around."""
-    return torch.roll(ids, -by, dims=1)
-
-
-class TrainingCache(TreeCache):
-    """Keys and values of the unrolled steps, appended so that gradients flow through them."""
-
-    def __init__(self) -> None:
-        super().__init__(num_layers=0)
-        self.layers_seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
-    ) -> tuple[Tensor, Tensor]:
-        """Append `[B, H, N, D]`; give all steps' columns."""
-        if layer_idx in self.layers_seen:
-            keys, values = self.layers_seen[layer_idx]
-            key_states = torch.cat([keys, key_states], dim=2)
-            value_states = torch.cat([values, value_states], dim=2)
-        self.layers_seen[layer_idx] = key_states, value_states
-        return key_states, value_states
-
-
-def step_states(states: list[Tensor], batch: Batch, begin: int) -> list[Tensor]:
-    """Of each step's hidden states those that predict the supervised positions: S x `[M, H]`.
-
-    Positions without an index (step_masks) give some other row; their mask drops them.
-    """
-    picked = []
-    for step, hidden in enumerate(states):
-        index = batch.positions - 1 - step - (begin if step else 0)
-        picked.append(hidden[batch.rows, index.clamp(min=0)])
-    return picked
-
-
-def first_index(positions: Tensor, steps: int) -> int:
-    """The smallest index that a later step needs, over the whole batch."""
-    return max(0, int(positions.min()) - steps)
 
 
 def target_tokens(target: Target, head: DraftHead, batch: Batch, full: bool) -> TargetTokens:

@@ -14,15 +14,14 @@ from adaspec_eagle.distill import (
     collate,
     make_batch,
     step_losses,
-    step_masks,
     target_tokens,
     teacher_forced,
-    unroll,
 )
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import make_table, split_rows, target_rows
 from adaspec_eagle.losses import forward_kl
 from adaspec_eagle.selection import select
+from adaspec_eagle.unroll import step_masks, unroll
 from tests.records import record
 from tests.tiny import tiny_head, tiny_target
 

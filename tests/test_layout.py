@@ -20,7 +20,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"attention", "cache", "tree", "losses", "selection", "record"},
     {"targets", "verify"},
     {"head", "data", "features", "hub", "apart"},
-    {"draft"},
+    {"draft", "unroll"},
     {"generate"},
     {"distill", "selfdata", "asks", "estimate"},
     {"answers", "bench", "callbacks", "plots", "prepare"},

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from adaspec_eagle.distill import unroll
 from adaspec_eagle.draft import Drafter, chain
 from adaspec_eagle.features import split_rows, target_rows
+from adaspec_eagle.unroll import unroll
 from tests.tiny import ARCHITECTURES, tiny_head, tiny_target
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from adaspec_eagle.distill import AnswerSet, collate, step_masks, supervised
+from adaspec_eagle.distill import AnswerSet, collate
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.selection import kept, parse_keep, select
+from adaspec_eagle.unroll import step_masks, supervised
 from tests.records import record
 
 
