@@ -247,7 +247,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        found = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 and later
+        found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.11
         native = found.get("avx512_bf16", False) or found.get("amx_bf16", False)
     return torch.bfloat16 if native else torch.float32
 
