@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from adaspec_eagle.bench import Bench, Prompt
-from adaspec_eagle.bench import find_head as find_head  # tests/test_slow.py takes it from here
 from adaspec_eagle.errors import explain_out_of_memory
 from adaspec_eagle.generate import generate
 from adaspec_eagle.stats import AcceptanceStats

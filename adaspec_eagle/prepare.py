@@ -57,9 +57,13 @@ def compute_features(
         TextColumn("tokens, left"),
     )
     console = Console(stderr=True)
+    total, shown = sum(map(len, ids)), 0
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("", total=sum(map(len, ids)))
+        task = bar.add_task("", total=total)
         for done, filled in make_table(target, ids, layers, file):
             bar.update(task, completed=done)
+            if not console.is_terminal and done * 10 // total > shown:  # a log gets ten lines
+                shown = done * 10 // total
+                bar.console.print(f"features: {done:,} of {total:,} tokens", highlight=False)
             table = filled
     return table
