@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from adaspec_eagle import generate, load_head
+from adaspec_eagle.bench import find_head
 from adaspec_eagle.data import load_training, read_prompts
 from adaspec_eagle.distill import teacher_forced
 from adaspec_eagle.head import HeadConfig, new_head
-from adaspec_eagle.bench import find_head
 from adaspec_eagle.targets import Target
 from adaspec_eagle.train import TrainConfig, run_training
 
