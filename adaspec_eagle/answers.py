@@ -106,18 +106,21 @@ def answer_self(target: Target, out: Path, settings: Settings, say: Say) -> Tall
     if not _enough(tally, settings):
         say(estimate_self(target, _missing(tally, settings)))
     asks = _fresh(target, journal.prompts, settings, tally, done)
+    barren = 0  # batches in a row that gave no prompt to answer
     with progress(tally, settings, 0) as show:
         while not _enough(tally, settings):
             needed = _prompts_needed(tally, settings)
             while len(asks) < needed:
                 show(f"writing prompts, {len(asks)} of {needed}")
-                batch = journal.add()
-                if journal.barren == BARREN:
+                fresh = _fresh(target, journal.add().kept, settings, tally, done)
+                barren = 0 if fresh else barren + 1
+                if barren >= BARREN:
                     raise UserError(
-                        f"{target.name} writes no usable prompts ({_counts(journal.dropped)}):"
+                        f"{target.name} writes no usable prompts"
+                        f" ({_counts(journal.dropped + tally.dropped)}):"
                         " give some with --prompts FILE"
                     )
-                asks += _fresh(target, batch.kept, settings, tally, done)
+                asks += fresh
             _answer_all(target, asks, out, settings, tally, show)
             asks = []
     tally.dropped.update(journal.dropped)
@@ -133,7 +136,7 @@ class Journal:
         self.prompts: list[Prompt] = []  # what earlier runs wrote
         self.seen: set[str] = set()  # normalised texts
         self.dropped: Counter = Counter()
-        self.number = self.kept = self.barren = 0
+        self.number = self.kept = 0
         self.owner = {
             "fingerprint": target.fingerprint,
             "seed": settings.seed,
@@ -169,7 +172,6 @@ class Journal:
     def _count(self, batch: SelfBatch) -> None:
         self.number += 1
         self.kept += len(batch.kept)
-        self.barren = 0 if batch.kept else self.barren + 1
         self.dropped.update(batch.dropped)
 
 

@@ -2,6 +2,8 @@
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,10 +29,10 @@ class StopGently(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
-        self.before: Any = None
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Take over SIGINT."""
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over SIGINT inside the block."""
 
         def ask(signum: int, frame: FrameType | None) -> None:
             if self.asked:
@@ -38,7 +40,11 @@ class StopGently(TrainerCallback):
             self.asked = True
             say("stopping after this step ...")
 
-        self.before = signal.signal(signal.SIGINT, ask)
+        before = signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -47,10 +53,6 @@ class StopGently(TrainerCallback):
         if self.asked:
             control.should_save = control.should_training_stop = True
         return control
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Give SIGINT back."""
-        signal.signal(signal.SIGINT, self.before)
 
 
 class ProgressLine(TrainerCallback):

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+# The words of the system, of safetensors and of torch.save for a disk without room.
+DISK_FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing")
 NO_MEMORY = ("out of memory", "can't allocate memory")  # CUDA's words and the CPU allocator's
 
 
@@ -16,7 +18,10 @@ def run_main(main: Callable[..., int], argv: Sequence[str] | None = None) -> int
     """Call a script's `main(argv)`; what a user can mend becomes a line on stderr and status 2."""
     try:
         return main(argv)
-    except (UserError, OSError, RuntimeError, MemoryError) as error:
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; what was written is whole, the same command goes on\n")
+        return 130
+    except Exception as error:
         message = explain(error)
         if message is None:
             raise
@@ -26,13 +31,15 @@ def run_main(main: Callable[..., int], argv: Sequence[str] | None = None) -> int
 
 def explain(error: BaseException) -> str | None:
     """A message for an error that the user can do something about, None for all others."""
+    text = str(error)
     if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"the disk is full{where}; what was written before is whole. Free some space, go on"
+        return text
+    if any(words in text for words in DISK_FULL) or getattr(error, "errno", None) == errno.EDQUOT:
+        return f"the disk is full ({_first_line(error)}); what was written before is whole"
     if is_out_of_memory(error):
         return f"out of memory: {_first_line(error)}\nUse a smaller --batch-size or --max-length"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
     return None
 
 

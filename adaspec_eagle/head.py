@@ -6,6 +6,7 @@ Legend: B rows, N tokens, H hidden, F number of feature layers, V vocabulary, Vd
 import importlib
 import importlib.util
 import json
+import pkgutil
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,8 +23,6 @@ from adaspec_eagle.attention import GROUPED, Unrolled, register
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.paths import replace_folder
 from adaspec_eagle.targets import Target
-
-BUILT_IN = ("eagle1", "eagle3")
 
 
 @dataclass
@@ -59,7 +58,7 @@ class HeadConfig:
             vocab_size=target.vocab_size,
             draft_vocab_size=draft_vocab_size,
             hidden_size=target.hidden_size,
-            intermediate_size=config.intermediate_size,
+            intermediate_size=getattr(config, "intermediate_size", None) or 4 * target.hidden_size,
             num_attention_heads=heads,
             num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or target.hidden_size // heads,
@@ -99,6 +98,8 @@ class DraftHead(nn.Module):
     feature_loss: ClassVar[float] = 0.0  # weight of the feature regression term (EAGLE-1)
     token_loss: ClassVar[float] = 1.0  # weight of the distillation term
     default_unroll: ClassVar[int] = 3  # training steps of self-unroll
+    default_draft_vocab: ClassVar[int | None] = 8192  # None: the target's whole vocabulary
+    cached_layers: ClassVar[int] = 1  # layers that keep keys and values
 
     embed_rows: Tensor  # [V, H]
     output_rows: Tensor  # [Vd, H], unless train_output
@@ -224,6 +225,12 @@ class DraftHead(nn.Module):
             replace_folder(made, folder)
 
 
+def built_in_heads() -> list[str]:
+    """The names of the files in heads/."""
+    package = importlib.import_module("adaspec_eagle.heads")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
 def head_class(name: str) -> type[DraftHead]:
     """The class `Head` of heads/NAME.py, of a dotted module, or of a file path.py."""
     try:
@@ -241,8 +248,8 @@ def head_class(name: str) -> type[DraftHead]:
         found = module.Head
     except (ModuleNotFoundError, AttributeError) as error:
         raise UserError(
-            f"unknown head {name!r} ({error}); give one of {', '.join(BUILT_IN)}, a dotted module "
-            "or a path.py that defines a class named Head"
+            f"unknown head {name!r} ({error}); give one of {', '.join(built_in_heads())}, "
+            "a dotted module or a path.py that defines a class named Head"
         ) from error
     if not issubclass(found, DraftHead):
         raise UserError(f"{name!r}: its Head is no subclass of adaspec_eagle.DraftHead")
@@ -284,7 +291,7 @@ def read_config(folder: str | Path) -> HeadConfig:
         data = json.loads(path.read_text())
         known = {f.name for f in fields(HeadConfig)}
         return HeadConfig(**{name: value for name, value in data.items() if name in known})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a config of this package: {error}") from error
 
 

@@ -14,11 +14,19 @@ def default_cache_dir() -> Path:
 
 
 def replace_folder(made: Path, folder: Path) -> None:
-    """Put the finished folder `made` in the place of `folder` (same file system), old one gone."""
+    """Put the finished folder `made` in the place of `folder` (same file system), old one gone.
+
+    If it fails or is killed half-way, the old folder stays, at the worst under NAME.old.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-    made.rename(folder)
+    try:
+        made.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)

@@ -26,10 +26,12 @@ def split_records(
     return [r for i, r in enumerate(records) if i not in chosen], [records[i] for i in held]
 
 
-def draft_vocab(records: Sequence[Record], target: Target, size: int) -> tuple[torch.Tensor, float]:
+def draft_vocab(
+    records: Sequence[Record], target: Target, size: int, ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float]:
     """The `size` most frequent answer tokens as ids `[Vd]`, and the share of answers they cover.
 
-    End tokens are always in; ties and what is left over go to the lower id.
+    End tokens are always in; ties and what is left over go to the lower id. `ids`, if given, it is.
     """
     counts = torch.zeros(target.vocab_size, dtype=torch.long)
     for record in records:
@@ -37,8 +39,9 @@ def draft_vocab(records: Sequence[Record], target: Target, size: int) -> tuple[t
     total = int(counts.sum())
     ranked = counts.clone()
     ranked[target.eos_token_ids] = total + 1
-    ids = ranked.sort(descending=True, stable=True).indices[: min(size, target.vocab_size)]
-    return ids.sort().values, float(counts[ids].sum()) / total
+    best = ranked.sort(descending=True, stable=True).indices[: min(size, target.vocab_size)]
+    chosen = best.sort().values if ids is None else ids.cpu()
+    return chosen, float(counts[chosen].sum()) / total
 
 
 def compute_features(

