@@ -18,7 +18,7 @@ from adaspec_eagle.data import Record
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import FeatureTable, split_rows, target_rows
 from adaspec_eagle.head import DraftHead
-from adaspec_eagle.losses import LOSSES, feature_regression, overlap, per_token
+from adaspec_eagle.losses import FULL_VOCABULARY, LOSSES, feature_regression, overlap, per_token
 from adaspec_eagle.selection import kept, select
 from adaspec_eagle.targets import Target
 from adaspec_eagle.unroll import Batch, first_index, step_masks, step_states, supervised, unroll
@@ -34,6 +34,11 @@ class Objective:
     unroll: int = 3  # S
     decay: float = 0.8  # weight of step s: decay^s
     mask_oov: bool = False  # leave out tokens whose target argmax is outside the draft vocabulary
+
+    @property
+    def needs_full(self) -> bool:
+        """Whether training needs the target's logits over its full vocabulary."""
+        return self.mask_oov or self.loss in FULL_VOCABULARY
 
 
 @dataclass
@@ -168,11 +173,15 @@ def _aligned(match: Tensor, batch: Batch) -> Tensor:
 
 def step_losses(
     head: DraftHead, objective: Objective, batch: Batch, tokens: TargetTokens
-) -> Tensor:
-    """The loss of every supervised position at every step `[S, M]`, feature term included."""
+) -> tuple[Tensor, Tensor]:
+    """Two losses of every supervised position at every step, `[S, M]` each.
+
+    The distillation loss, which selection compares, and what is trained on: the same, but for heads
+    with a feature regression term (EAGLE-1).
+    """
     begin = first_index(batch.positions, objective.unroll)
     states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin)
-    exact, losses = tokens.logits.dtype, []
+    exact, distilled, total = tokens.logits.dtype, [], []
 
     def loss_of(rows: Tensor, place: slice) -> Tensor:
         lse = None if tokens.lse is None else tokens.lse[place]
@@ -187,12 +196,13 @@ def step_losses(
             loss = loss_of(rows, slice(None))
         else:
             loss = per_token(rows, loss_of, tokens.logits.shape[1])
+        distilled.append(loss)
         if head.feature_loss:
             feature = batch.hidden[batch.rows, batch.positions].to(exact)
             regression = feature_regression(hidden.to(exact), feature)
             loss = head.token_loss * loss + head.feature_loss * regression
-        losses.append(loss)
-    return torch.stack(losses)
+        total.append(loss)
+    return torch.stack(distilled), torch.stack(total)
 
 
 class Student(nn.Module):
@@ -203,8 +213,8 @@ class Student(nn.Module):
         self.head = head
         self.objective = objective
 
-    def forward(self, batch: Batch, tokens: TargetTokens) -> Tensor:
-        """Losses `[S, M]`."""
+    def forward(self, batch: Batch, tokens: TargetTokens) -> tuple[Tensor, Tensor]:
+        """Distillation loss and total loss, `[S, M]` each."""
         return step_losses(self.head, self.objective, batch, tokens)
 
 
@@ -245,9 +255,10 @@ class Distiller(Trainer):
         window, counts = [], torch.zeros(self.objective.unroll, dtype=torch.long, device=device)
         for item in itertools.islice(epoch_iterator, num_batches):
             batch = make_batch(self.target, self.head, item)
-            tokens = target_tokens(self.target, self.head, batch, self.objective.mask_oov)
+            tokens = target_tokens(self.target, self.head, batch, self.objective.needs_full)
             mask = step_masks(batch.positions, self.objective.unroll)  # [S, M]
-            if tokens.argmax is not None and self.head.draft_ids is not None:
+            if self.objective.mask_oov and self.head.draft_ids is not None:
+                assert tokens.argmax is not None
                 mask = mask & self.head.t2d[tokens.argmax]
             window.append({"batch": batch, "tokens": tokens, "mask": mask})
             counts += self.selected(mask)
@@ -272,8 +283,8 @@ class Distiller(Trainer):
     ) -> Tensor:
         """The objective on one micro-batch; num_items_in_batch `[S]` as get_batch_samples gives."""
         batch, tokens, mask = inputs["batch"], inputs["tokens"], inputs["mask"]
-        losses = model(batch, tokens)  # [S, M]
-        chosen = self.choose(losses, mask, batch, tokens)
+        distilled, losses = model(batch, tokens)  # [S, M]
+        chosen = self.choose(distilled, mask, batch, tokens)
         assert isinstance(num_items_in_batch, Tensor)
         sums = torch.where(chosen, losses, 0.0).sum(1)  # [S]
         steps = torch.arange(len(sums), device=sums.device, dtype=sums.dtype)
@@ -286,7 +297,7 @@ class Distiller(Trainer):
             return mask
         assert self.reference is not None
         with torch.no_grad():
-            reference = step_losses(self.reference, self.objective, batch, tokens)
+            reference, _ = step_losses(self.reference, self.objective, batch, tokens)
         keep = self.objective.keep
         rows = [select(d, r, m, keep) for d, r, m in zip(losses, reference, mask, strict=True)]
         return torch.stack(rows)

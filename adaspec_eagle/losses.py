@@ -69,6 +69,7 @@ LOSSES: dict[str, Loss] = {
     "jsd": jensen_shannon,
     "tv": total_variation,
 }
+FULL_VOCABULARY = {"tv"}  # losses that need target_lse
 
 
 def per_token(hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor], width: int) -> Tensor:

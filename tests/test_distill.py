@@ -104,9 +104,9 @@ def test_adaspec_gradient_is_that_of_its_equation(tmp_path):
     order = list(LengthBuckets([len(r.prompt_ids + r.answer_ids) for r in RECORDS], 8, 42))
     batch = make_batch(target, head, collate([AnswerSet(RECORDS)[i] for i in order]))
     tokens = target_tokens(target, head, batch, full=False)
-    losses = step_losses(head, objective, batch, tokens)
+    losses, _ = step_losses(head, objective, batch, tokens)
     with torch.no_grad():
-        reference = step_losses(other, objective, batch, tokens)
+        reference, _ = step_losses(other, objective, batch, tokens)
     mask, total = step_masks(batch.positions, 2), 0.0
     for step in range(2):
         chosen = select(losses[step], reference[step], mask[step], "0.4")
@@ -124,7 +124,8 @@ def test_losses_compare_step_s_at_i_with_the_target_at_i_1_s():
     batch = make_batch(target, head, collate([AnswerSet(RECORDS)[i] for i in (0, 5)]))
     tokens = target_tokens(target, head, batch, full=True)
     with torch.no_grad():
-        losses = step_losses(head, objective, batch, tokens)
+        losses, total = step_losses(head, objective, batch, tokens)
+        assert torch.equal(losses, total)
         states = unroll(head, batch.features, batch.input_ids, 3)
         logits = target.model(input_ids=batch.input_ids).logits[..., head.draft_ids]
     mask = step_masks(batch.positions, 3)
@@ -152,6 +153,37 @@ def test_tokens_outside_the_draft_vocabulary_are_left_out_only_if_asked(tmp_path
         wanted = step_masks(batch.positions, 1)[0] & (inside | torch.tensor(not mask_oov))
         assert torch.equal(window[0]["mask"][0], wanted)
         assert counts.tolist() == [int(wanted.sum())]
+
+
+def test_losses_about_acceptance_train_on_the_full_vocabulary(tmp_path):
+    """The total variation that is trained on is the one that is defined: p is not renormalised."""
+    target = tiny_target()
+    head = tiny_head(target)
+    trainer = distiller(tmp_path, head, target, Objective(loss="tv", unroll=1))
+    item = collate([AnswerSet(RECORDS)[i] for i in range(8)])
+    (sample,), _ = trainer.get_batch_samples(iter([item]), 1, torch.device("cpu"))
+    batch = sample["batch"]
+    with torch.no_grad():
+        losses, _ = step_losses(head, trainer.objective, batch, sample["tokens"])
+        p = target.model(input_ids=batch.input_ids).logits.softmax(-1)
+        p = p[batch.rows, batch.positions][:, head.draft_ids]
+        states = unroll(head, batch.features, batch.input_ids, 1)
+        q = head.logits(states[0][batch.rows, batch.positions - 1]).softmax(-1)
+    torch.testing.assert_close(losses[0], 1 - torch.minimum(p, q).sum(-1))
+
+
+def test_selection_compares_the_distillation_loss_without_the_feature_term():
+    target = tiny_target()
+    head = tiny_head(target, "eagle1")
+    objective = Objective(unroll=1)
+    batch = make_batch(target, head, collate([AnswerSet(RECORDS)[i] for i in range(4)]))
+    tokens = target_tokens(target, head, batch, full=False)
+    with torch.no_grad():
+        distilled, total = step_losses(head, objective, batch, tokens)
+        hidden = unroll(head, batch.features, batch.input_ids, 1)[0]
+        logits = head.logits(hidden[batch.rows, batch.positions - 1])
+    torch.testing.assert_close(distilled[0], forward_kl(logits, tokens.logits))
+    assert (total > 0.1 * distilled).all()
 
 
 def test_adaspec_without_a_reference_is_refused(tmp_path):
