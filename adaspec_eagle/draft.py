@@ -4,6 +4,7 @@ Legend: B rows, T pairs, W nodes of a level, M candidates, H hidden, F H feature
 """
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,13 +99,53 @@ def parse_shape(tree: str | Shape) -> Shape:
     raise UserError(f"unknown tree {tree!r}; choose dynamic, static, chain or chain:K")
 
 
+@dataclass(frozen=True)
+class Level:
+    """What growing one level of a static tree needs, as indices on the device."""
+
+    nodes: Tensor  # [W] nodes of this level
+    above: Tensor  # [W] their parents' places among the nodes that went through the head before
+    ranks: Tensor  # [W] which of the parent's best tokens each takes
+    widest: int  # tokens needed of each parent
+    grown: Tensor  # nodes that have children
+    grown_above: Tensor  # their parents' places
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A static shape, worked out once."""
+
+    levels: list[Level]
+    parents: Tensor  # [N]
+    depths: Tensor  # [N]
+
+
+def make_plan(shape: Static, device: torch.device) -> Plan:
+    """The levels of a static shape."""
+
+    def on_device(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    depths, inner, levels = shape.depths, [0], []
+    for depth in range(1, shape.depth + 1):
+        nodes = [n for n, d in enumerate(depths) if d == depth]
+        place = {n: inner.index(shape.parents[n]) for n in nodes}
+        ranks = [shape.ranks[n] for n in nodes]
+        inner = [n for n in nodes if n in shape.parents[1:]]
+        above, grown_above = [place[n] for n in nodes], [place[n] for n in inner]
+        indices = map(on_device, (nodes, above, ranks))
+        levels.append(Level(*indices, max(ranks) + 1, on_device(inner), on_device(grown_above)))
+    return Plan(levels, on_device(shape.parents), on_device(depths))
+
+
 class Drafter:
     """A head at work: its cache, and what it knows at each row's last committed pair."""
 
     def __init__(self, head: DraftHead, shape: Shape, capacity: int = 256) -> None:
         self.head = head
         self.shape = shape
-        self.cache = TreeCache(1, capacity)
+        self.cache = TreeCache(head.cached_layers, capacity)
+        self.plan: Plan | None = None  # of a static shape, made once
         self.hidden: Tensor | None = None  # [B, H] at the last pair
         self.logits: Tensor | None = None  # [B, Vd] for the first draft token
 
@@ -134,7 +175,8 @@ class Drafter:
         if isinstance(self.shape, Dynamic):
             tree = self._grow_dynamic(self.shape)
         else:
-            tree = self._grow_static(self.shape)
+            self.plan = self.plan or make_plan(self.shape, self.hidden.device)
+            tree = self._grow_static(self.plan)
         tree.tokens[:, 0] = root
         self.cache.rollback()
         return tree
@@ -146,31 +188,25 @@ class Drafter:
         self.cache.keep(rows)
         self.hidden, self.logits = self.hidden[rows], self.logits[rows]
 
-    def _grow_static(self, shape: Static) -> DraftTree:
+    def _grow_static(self, plan: "Plan") -> DraftTree:
         """Level by level; only nodes that have children go through the head."""
         assert self.hidden is not None
         assert self.logits is not None
         b, device = self.logits.shape[0], self.logits.device
-        depths = shape.depths
-        tokens = torch.zeros(b, len(depths), dtype=torch.long, device=device)
+        tokens = torch.zeros(b, len(plan.depths), dtype=torch.long, device=device)
         hidden, logits = self.hidden[:, None], self.logits[:, None]  # [B, W, H], [B, W, Vd]
-        inner, seen = [0], torch.zeros(b, 1, 0, dtype=torch.bool, device=device)  # [B, W, M]
-        for depth in range(1, shape.depth + 1):
-            level = [n for n, d in enumerate(depths) if d == depth]
-            above = [inner.index(shape.parents[n]) for n in level]
-            ranks = [shape.ranks[n] for n in level]
-            best = logits.topk(max(ranks) + 1, dim=-1).indices  # [B, W, R]
-            tokens[:, level] = self.head.to_target(best[:, above, ranks])
-            grown = [i for i, n in enumerate(level) if n in shape.parents[1:]]
-            if not grown:
+        seen = torch.zeros(b, 1, 0, dtype=torch.bool, device=device)  # [B, W, M]
+        for depth, level in enumerate(plan.levels, 1):
+            best = logits.topk(level.widest, dim=-1).indices  # [B, W, R]
+            tokens[:, level.nodes] = self.head.to_target(best[:, level.above, level.ranks])
+            if depth == len(plan.levels):
                 break
-            inner, parents = [level[i] for i in grown], [above[i] for i in grown]
-            seen = _with_itself(seen[:, parents])
-            positions = torch.full((b, len(inner)), depth - 1, device=device)
-            hidden = self._forward(hidden[:, parents], tokens[:, inner], positions, seen, depth)
+            seen = _with_itself(seen[:, level.grown_above])
+            positions = torch.full((b, len(level.grown)), depth - 1, device=device)
+            hidden, grown = hidden[:, level.grown_above], tokens[:, level.grown]
+            hidden = self._forward(hidden, grown, positions, seen, depth)
             logits = self.head.logits(hidden)
-        parent_row = torch.tensor(shape.parents, device=device).expand(b, -1)
-        return DraftTree(tokens, parent_row, torch.tensor(depths, device=device).expand(b, -1))
+        return DraftTree(tokens, plan.parents.expand(b, -1), plan.depths.expand(b, -1))
 
     def _grow_dynamic(self, shape: Dynamic) -> DraftTree:
         """Keep a beam of the most probable paths; rerank all candidates at the end (EAGLE-2)."""

@@ -20,6 +20,7 @@ from adaspec_eagle.targets import Target
 from adaspec_eagle.tree import DraftTree, ancestor_mask, lone_root
 from adaspec_eagle.verify import emitted, match, pick
 
+FIRST_CAPACITY = 4096  # columns a cache begins with at most; it doubles from there
 KEEP_SHARE = 0.75  # a big batch is cut down to its running rows when fewer than this share run
 
 
@@ -173,17 +174,19 @@ class _Run:
         self.drafter: Drafter | None = None
         self.nodes = 0  # draft nodes verified a row in the last round
         self.depths: list[int] = []  # depth of each row's draft in the last round
+        self.lengths: list[int] = []  # each row's history, as the caches have it
 
     def prefill(self, rows: list[Tensor], max_new_tokens: int) -> list[int]:
         """Take in the prompts; give each row's first token."""
         target, device = self.target, self.target.device
-        lengths = torch.tensor([len(row) for row in rows], device=device)
+        self.lengths = [len(row) for row in rows]
+        lengths = torch.tensor(self.lengths, device=device)
         longest = max(len(row) for row in rows)
         tokens = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
         for b, row in enumerate(rows):
             tokens[b, : len(row)] = row
         room = longest + max_new_tokens + 64
-        self.cache = target.new_cache(min(room, 4096))
+        self.cache = target.new_cache(min(room, FIRST_CAPACITY))
         positions = torch.arange(longest, device=device).expand_as(tokens)
         out = target.forward(tokens, positions, None, self.cache, self.layers, logits=False)
         self.cache.commit_prefix(lengths, longest)
@@ -194,7 +197,7 @@ class _Run:
             assert out.features is not None
             following = torch.roll(tokens, -1, dims=1)
             following.scatter_(1, lengths[:, None] - 1, self.last[:, None])
-            self.drafter = Drafter(self.head, self.shape, min(room, 4096))
+            self.drafter = Drafter(self.head, self.shape, min(room, FIRST_CAPACITY))
             self.drafter.prefill(out.features, following, lengths)
         return self.last.tolist()
 
@@ -212,14 +215,17 @@ class _Run:
         host = torch.cat([verdict.length[:, None], depth[:, None], tokens], 1).tolist()
         counts = [row[0] for row in host]  # the round's one read from the device
         self.depths = [row[1] for row in host]
-        moved = torch.tensor([c if go else 0 for c, go in zip(counts, running, strict=True)])
-        self._commit(verdict.path, tokens, moved.to(tokens.device), max(counts), features)
-        self.last = torch.where(moved.to(tokens.device) > 0, verdict.bonus, self.last)
+        gained = [count if go else 0 for count, go in zip(counts, running, strict=True)]
+        self.lengths = [old + new for old, new in zip(self.lengths, gained, strict=True)]
+        moved = torch.tensor(gained, device=tokens.device)
+        self._commit(verdict.path, tokens, moved, max(counts), features)
+        self.last = torch.where(moved > 0, verdict.bonus, self.last)
         return [row[2 : 2 + count] for row, count in zip(host, counts, strict=True)]
 
     def keep(self, places: list[int]) -> None:
         """Keep the rows at the given places of the batch only."""
         rows = torch.tensor(places, device=self.last.device)
+        self.lengths = [self.lengths[place] for place in places]
         self.last = self.last[rows]
         self.cache.keep(rows)
         if self.drafter:
@@ -244,13 +250,13 @@ class _Run:
     ) -> None:
         """Append the accepted nodes to the target's history, and their pairs to the head's."""
         path = path[:, :longest]  # [B, P]
-        self.cache.commit(path, moved)
+        self.cache.commit(path, moved, max(self.lengths))
         if not self.drafter:
             return
         assert features is not None
         pairs = features.gather(1, path[:, :, None].expand(-1, -1, features.shape[-1]))
         with self.clock.part("draft"):
-            self.drafter.advance(pairs, tokens[:, :longest], moved, self.cache.start)
+            self.drafter.advance(pairs, tokens[:, :longest], moved, max(self.lengths))
 
 
 def _check(

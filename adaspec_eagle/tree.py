@@ -17,11 +17,6 @@ class DraftTree:
     parents: Tensor  # [B, N], node index; the root's is 0
     depths: Tensor  # [B, N], 0 for the root
 
-    @property
-    def max_depth(self) -> int:
-        """The deepest level that any tree of this size can have (no read from the device)."""
-        return self.tokens.shape[1] - 1
-
 
 def lone_root(tokens: Tensor) -> DraftTree:
     """The tree of plain decoding: the last token `[B]` and no draft."""

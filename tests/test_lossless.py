@@ -1,11 +1,14 @@
 """The output is the target's own, in float64, for every head, tree, architecture and batch."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from adaspec_eagle import generate
-from adaspec_eagle.draft import Dynamic, chain
+from adaspec_eagle.cache import TreeCache
+from adaspec_eagle.draft import Drafter, Dynamic, chain
 from adaspec_eagle.head import DraftHead, HeadConfig
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_head, tiny_target
 
@@ -140,16 +143,48 @@ def test_rows_at_rest_in_a_large_batch_change_nothing():
     assert torch.equal(found.sequences, reference(target, ids, mask, new=20))
 
 
-def test_growing_the_cache_changes_nothing():
+def test_growing_the_cache_changes_nothing(monkeypatch):
     target = tiny_target()
     head = tiny_head(target)
     ids, mask = prompts(1)
-    cache = target.new_cache(capacity=4)
-    positions = torch.arange(9)[None]
-    target.forward(ids, positions, cache=cache)
-    assert cache.capacity >= 9
-    found = generate(target, head, ids, mask, max_new_tokens=300)
-    assert torch.equal(found.sequences, reference(target, ids, mask, new=300))
+    grown, grow = [], TreeCache._grow
+
+    def watch(self, needed):
+        grown.append(needed)
+        grow(self, needed)
+
+    monkeypatch.setattr(TreeCache, "_grow", watch)
+    monkeypatch.setattr(sys.modules[generate.__module__], "FIRST_CAPACITY", 12)
+    found = generate(target, head, ids, mask, max_new_tokens=200)
+    assert len(grown) >= 2
+    assert torch.equal(found.sequences, reference(target, ids, mask, new=200))
+
+
+def test_the_heads_cache_after_ragged_rounds_is_that_of_a_fresh_prefill():
+    """Rows take in 3, 1 and no pairs, then one row leaves: state and next tree are as if new."""
+    target = tiny_target()
+    head = tiny_head(target)
+    torch.manual_seed(2)
+    ids = torch.randint(8, VOCAB, (3, 10))
+    features = torch.randn(3, 10, 96, dtype=torch.float64)
+    lengths, gained = torch.tensor([6, 4, 5]), torch.tensor([3, 1, 0])
+    with torch.no_grad():
+        drafter = Drafter(head, Dynamic(nodes=8, depth=3, width=3))
+        drafter.prefill(features, ids, lengths)
+        drafter.grow(ids[:, 0])
+        rows = lengths[:, None] + torch.arange(3)
+        pairs = features.gather(1, rows[:, :, None].expand(-1, -1, 96))
+        drafter.advance(pairs, ids.gather(1, rows), gained, longest=9)
+        drafter.keep(torch.tensor([0, 1]))
+        tree = drafter.grow(ids[:2, 0])
+        for row in range(2):
+            fresh = Drafter(head, Dynamic(nodes=8, depth=3, width=3))
+            total = (lengths + gained)[row : row + 1]
+            fresh.prefill(features[row : row + 1, :total], ids[row : row + 1, :total], total)
+            torch.testing.assert_close(drafter.hidden[row], fresh.hidden[0])
+            wanted = fresh.grow(ids[row : row + 1, 0])
+            assert torch.equal(tree.tokens[row], wanted.tokens[0])
+            assert torch.equal(tree.parents[row], wanted.parents[0])
 
 
 def test_generation_leaves_the_model_as_it_was():
