@@ -56,7 +56,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) -m "not slow and not long and not gpu"
 	$(PYTEST) -m slow
-	@echo "Not run here: tests marked long or gpu (make test-all)."
+	@echo "Not run here: the tests marked long or gpu (make test-all)."
 
 test-all: test
 	$(PYTEST) -m "long or gpu"

@@ -2,7 +2,7 @@
 
     python eval/speedup.py --tree                          default target, newest or shipped head
     python eval/speedup.py --tree --prompts a.jsonl b.jsonl --out results/mine
-    python eval/speedup.py --target phi-2 --head runs/phi-2/head --chain 5 --dtype float32
+    python eval/speedup.py --target phi-2 --head runs/mine/head --chain 5
 
 Four arms decode the same prompts in one process, alternating prompt by prompt: `generate`
 (transformers), `loop` (this package without a draft), `chain` and `tree`. Tables come first; the

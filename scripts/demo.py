@@ -8,8 +8,8 @@ downloads not counted: where the machine is slow, less data is written and fewer
 """
 
 import argparse
-import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from adaspec_eagle.data import mend_jsonl, read_jsonl
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.features import target_rows
 from adaspec_eagle.targets import Target, describe
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 ENDING = f"""
+  python    {sys.executable}
   result    {OUT}/speedup/result.json
   plot      {OUT}/speedup/speedup.png
   head      {OUT}/head (curves: tensorboard --logdir {OUT}/checkpoints)
@@ -70,6 +72,7 @@ proof that nothing is lost (python eval/lossless.py --tree --dtype float32)."""
 def make_data(file: Path) -> None:
     """Prompts and answers by the target: TOKENS, or as many as DATA_SECONDS allow."""
     make = ["scripts/make_data.py", "--prompts", "self", "--out", str(file)]
+    make += ["--exclude", str(HERE / "eval" / "prompts.jsonl")]
     if answer_tokens(file) >= TOKENS or (OUT / "run.json").exists():
         print(f"{file} is there: {answer_tokens(file):,} answer tokens")
         return
@@ -102,26 +105,41 @@ def train(data: Path, speed: float) -> None:
 def measure(head: Path, out: Path) -> None:
     """The table of eval/speedup.py for one head."""
     limits = ["--limit", str(PROMPTS), "--max-new-tokens", str(NEW_TOKENS)]
-    run(["eval/speedup.py", "--tree", "--head", str(head), *limits, "--out", str(out)])
+    table = ["eval/speedup.py", "--tree", "--head", str(head), *limits, "--out", str(out)]
+    run(table, last_line=False)
 
 
-def run(command: list[str]) -> None:
-    """One of the repository's scripts, shown as a user would type it."""
+def run(command: list[str], last_line: bool = True) -> None:
+    """One of the repository's scripts, shown as a user would type it.
+
+    last_line False holds back the last line of its output, which is JSON for programs. Ctrl-C goes
+    to the script alone, which saves what it has.
+    """
     print(f"\n$ python {shlex.join(command)}", flush=True)
     script, *arguments = command
-    done = subprocess.run([sys.executable, str(HERE / script), *arguments])
-    if done.returncode:
-        raise UserError(
-            f"{script} stopped with status {done.returncode}; run the demo again to go on"
-        )
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / script), *arguments], stdout=subprocess.PIPE, text=True
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert process.stdout is not None
+    held: list[str] = []
+    for line in process.stdout:
+        held.append(line)
+        if len(held) > 1 or last_line:
+            sys.stdout.write(held.pop(0))
+            sys.stdout.flush()
+    status = process.wait()
+    signal.signal(signal.SIGINT, before)
+    if status:
+        raise UserError(f"{script} stopped with status {status}; run the demo again to go on")
 
 
 def records(file: Path) -> list[dict]:
     """The records of a data file; none where there is no file."""
     if not file.exists():
         return []
-    whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [json.loads(line) for line in whole]
+    mend_jsonl(file)  # a kill may have torn the last line
+    return list(read_jsonl(file))
 
 
 def answer_tokens(file: Path) -> int:

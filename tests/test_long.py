@@ -1,0 +1,71 @@
+"""Long tier: runs that are killed at any moment; the sampling law at full size."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adaspec_eagle.train import TrainConfig
+from adaspec_eagle.verify import pick
+from tests.records import answers_file
+from tests.tiny import tiny_target_folder
+
+pytestmark = pytest.mark.long
+REPOSITORY = Path(__file__).parents[1]
+LAST = "checkpoints/{}/checkpoint-24/model.safetensors"
+
+
+def test_a_run_killed_at_random_moments_gives_the_weights_of_an_unbroken_one(tmp_path):
+    """SIGKILL, ten times at most, then to the end: both stages' last checkpoints are equal."""
+    target = tiny_target_folder(tmp_path / "target")
+    data = answers_file(tmp_path / "answers.jsonl", records=80)
+    script = [sys.executable, str(REPOSITORY / "scripts" / "train_head.py")]
+    first = [*script, "--target", target, "--data", data, "--draft-vocab", "60", "--epochs", "2"]
+    first += ["--batch-size", "6", "--evaluations", "12"]
+    subprocess.run([*first, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    draw, out, kills = random.Random(0), tmp_path / "killed", 0
+    command = [*first, "--out", str(out)]
+    while not (out / "head" / "train.json").exists():
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        if kills < 10:
+            begun = time.monotonic()
+            while process.poll() is None and not list(out.glob("checkpoints/*")):
+                time.sleep(0.05)
+                assert time.monotonic() - begun < 120
+            time.sleep(draw.uniform(0, 6))
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait(timeout=300)
+        command = [*script, "--out", str(out), "--resume"]
+    assert kills > 1
+    assert json.loads((out / "run.json").read_text())["config"]["epochs"] == 2
+    assert set(asdict(TrainConfig())) == set(json.loads((out / "run.json").read_text())["config"])
+    for stage in ("reference", "head"):
+        whole, killed = (load_file(p / LAST.format(stage)) for p in (tmp_path / "whole", out))
+        assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+@pytest.mark.parametrize("top_p", [0.5, 0.95, 1.0])
+def test_sampling_follows_the_law_over_a_million_draws(temperature, top_p):
+    """Chi-square against the nucleus written out by sorting; p > 1e-4 for up to 11 degrees."""
+    logits = torch.linspace(2.5, -2.5, 12)[torch.randperm(12)]
+    generator = torch.Generator().manual_seed(3)
+    drawn = pick(logits.expand(1_000_000, 1, 12), temperature, top_p, generator)
+    probs = (logits.double() / temperature).softmax(-1)
+    order = probs.argsort(descending=True)
+    inside = order[probs[order].cumsum(0) - probs[order] < top_p]
+    counts = torch.bincount(drawn.flatten(), minlength=12).double()
+    expected = torch.zeros(12).double()
+    expected[inside] = 1_000_000 * probs[inside] / probs[inside].sum()
+    assert counts.sum() == counts[inside].sum()
+    statistic = ((counts - expected)[inside] ** 2 / expected[inside]).sum()
+    assert float(statistic) < 37.4
