@@ -132,9 +132,16 @@ def make_plan(shape: Static, device: torch.device) -> Plan:
         place = {n: inner.index(shape.parents[n]) for n in nodes}
         ranks = [shape.ranks[n] for n in nodes]
         inner = [n for n in nodes if n in shape.parents[1:]]
-        above, grown_above = [place[n] for n in nodes], [place[n] for n in inner]
-        indices = map(on_device, (nodes, above, ranks))
-        levels.append(Level(*indices, max(ranks) + 1, on_device(inner), on_device(grown_above)))
+        levels.append(
+            Level(
+                nodes=on_device(nodes),
+                above=on_device([place[n] for n in nodes]),
+                ranks=on_device(ranks),
+                widest=max(ranks) + 1,
+                grown=on_device(inner),
+                grown_above=on_device([place[n] for n in inner]),
+            )
+        )
     return Plan(levels, on_device(shape.parents), on_device(depths))
 
 
