@@ -219,6 +219,7 @@ class DraftHead(nn.Module):
             made.mkdir()
             state = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
             save_file(state, made / "model.safetensors", metadata={"format": "pt"})
+            (made / "model.safetensors").chmod(0o644)  # safetensors makes it private
             (made / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
             if notes is not None:
                 (made / "train.json").write_text(json.dumps(notes, indent=1) + "\n")
