@@ -73,7 +73,7 @@ def minute(tmp_path_factory):
     folder = tmp_path_factory.mktemp("minute")
     data = folder / "self.jsonl"
     command = [sys.executable, str(REPOSITORY / "scripts" / "make_data.py"), "--prompts", "self"]
-    command += ["--tokens", "9000", "--max-new-tokens", "128", "--out", str(data)]
+    command += ["--tokens", "6000", "--max-new-tokens", "128", "--out", str(data)]
     subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     config = TrainConfig(data=[str(data)], epochs=2, batch_size=4, evaluations=2, held_back=8)
     return run_training(config, folder / "run"), data
