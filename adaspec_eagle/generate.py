@@ -105,7 +105,7 @@ def generate(
     ignore_eos: bool = False,
     allow_other_target: bool = False,
 ) -> Generation:
-    """Generate with a draft head; the greedy output is the target's own (DESIGN: lossless).
+    """Generate with a draft head; the greedy output is the target's own (README: lossless).
 
     input_ids `[B, T]` with padding on either side, attention_mask `[B, T]` (1 = token). head None:
     plain decoding by the same loop. tree: "dynamic", "static", "chain", "chain:K" or a shape of
