@@ -26,7 +26,7 @@ from adaspec_eagle.targets import Target, describe
 HERE = Path(__file__).resolve().parents[1]
 OUT = Path("runs") / "demo"
 TOKENS, FIRST = 200_000, 20_000  # answer tokens wanted; made first, to see how fast it goes
-DATA_SECONDS, TRAIN_SECONDS = 420, 420
+DATA_SECONDS, TRAIN_SECONDS = 380, 390
 PROMPTS, NEW_TOKENS = 8, 64  # one measuring prompt of each kind
 
 # Cost of an answer token in training, in target forwards of one token (measured on two CPU cores
