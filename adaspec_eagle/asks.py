@@ -12,7 +12,7 @@ import torch
 from adaspec_eagle.apart import Measured
 from adaspec_eagle.data import Prompt, prompt_messages
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.targets import Target
+from adaspec_eagle.targets import Target, left_padded
 
 CHUNK = 8  # batches that are sorted by length together
 MAX_CELLS = 65_536  # rows x (prompt + answer) of one batch: long prompts go in smaller batches
@@ -85,11 +85,7 @@ def tokenise(
 
 def padded(target: Target, asks: list[Ask]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, both `[B, T]`, padded on the left, on the target's device."""
-    longest = max(len(ask.ids) for ask in asks)
-    gaps = [longest - len(ask.ids) for ask in asks]
-    rows = [[target.pad_token_id] * gap + ask.ids for gap, ask in zip(gaps, asks, strict=True)]
-    mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
-    return torch.tensor(rows, device=target.device), torch.tensor(mask, device=target.device)
+    return left_padded(target, [ask.ids for ask in asks])
 
 
 def batches(asks: list[Ask], settings: Settings) -> Iterator[list[Ask]]:

@@ -22,6 +22,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from adaspec_eagle import targets
 from adaspec_eagle.bench import Bench, Prompt
 from adaspec_eagle.errors import explain_out_of_memory
 from adaspec_eagle.generate import generate
@@ -190,10 +191,7 @@ def run_arm(arm: Arm, target: Target, prompts: list[Prompt]) -> Outcome:
 
 def left_padded(prompts: list[Prompt], target: Target) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both `[B, T]`, on the target's device."""
-    width = max(len(prompt.ids) for prompt in prompts)
-    rows = [[target.pad_token_id] * (width - len(p.ids)) + p.ids for p in prompts]
-    mask = [[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts]
-    return torch.tensor(rows, device=target.device), torch.tensor(mask, device=target.device)
+    return targets.left_padded(target, [prompt.ids for prompt in prompts])
 
 
 def synchronize(device: torch.device) -> None:

@@ -362,6 +362,14 @@ def _probe(target: Target) -> None:
         )
 
 
+def left_padded(target: Target, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both `[B, T]`, padded on the left, on the target's device."""
+    width = max(len(row) for row in rows)
+    ids = [[target.pad_token_id] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=target.device), torch.tensor(mask, device=target.device)
+
+
 def describe(target: Target) -> str:
     """One line about a loaded target, for scripts to print."""
     size = sum(p.numel() for p in target.model.parameters()) / 1e6
