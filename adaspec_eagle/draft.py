@@ -14,6 +14,7 @@ from adaspec_eagle.attention import tree_mask
 from adaspec_eagle.cache import TreeCache
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
+from adaspec_eagle.packed import packing
 from adaspec_eagle.tree import DraftTree, select_nodes
 
 # Assumed acceptance by rank among a node's children, for the default static tree.
@@ -156,6 +157,7 @@ class Drafter:
     def __init__(self, head: DraftHead, shape: Shape, capacity: int = 256) -> None:
         self.head = head
         self.shape = shape
+        self.packing = packing(head)
         self.cache = TreeCache(head.cached_layers, capacity)
         self.plan: Plan | None = None  # of a static shape, made once
         self.hidden: Tensor | None = None  # [B, H] at the last pair
@@ -175,7 +177,9 @@ class Drafter:
         p = tokens.shape[1]
         steps = torch.arange(p, device=tokens.device)
         causal = (steps[None, :] <= steps[:, None]).expand(tokens.shape[0], p, p)
-        hidden = self._forward(self.head.fuse(features), tokens, steps.expand_as(tokens), causal, 0)
+        with self.packing.active():
+            fused = self.head.fuse(features)
+        hidden = self._forward(fused, tokens, steps.expand_as(tokens), causal, 0)
         path = steps.expand_as(tokens)
         self.cache.commit(path, length, longest)
         self._remember(hidden, length)
@@ -265,7 +269,8 @@ class Drafter:
         assert self.cache.lengths is not None
         mask = tree_mask(self.cache.lengths, self.cache.start, seen, hidden.dtype)
         positions = self.cache.lengths[:, None] + ahead
-        return self.head(hidden, tokens, positions, mask, self.cache, step)
+        with self.packing.active():
+            return self.head(hidden, tokens, positions, mask, self.cache, step)
 
     def _remember(self, hidden: Tensor, length: Tensor) -> None:
         """Keep the state at each row's last pair: hidden `[B, T, H]`, length `[B]`."""

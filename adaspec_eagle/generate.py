@@ -15,6 +15,7 @@ from adaspec_eagle.attention import tree_mask
 from adaspec_eagle.draft import Drafter, Shape, parse_shape
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
+from adaspec_eagle.packed import packing
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import Target
 from adaspec_eagle.tree import DraftTree, ancestor_mask, lone_root
@@ -170,6 +171,7 @@ class _Run:
         self.shape = shape
         self.sampling = (temperature, top_p, generator)
         self.clock = clock
+        self.packing = packing(target.model)
         self.layers = head.config.feature_layers if head else ()
         self.drafter: Drafter | None = None
         self.nodes = 0  # draft nodes verified a row in the last round
@@ -241,7 +243,8 @@ class _Run:
         mask = tree_mask(cache.lengths, cache.start, ancestors, self.target.dtype)
         # Nodes past the context's end are never emitted: any position that exists will do.
         positions = (cache.lengths[:, None] + tree.depths).clamp(max=self.target.context - 1)
-        out = self.target.forward(tree.tokens, positions, mask, cache, self.layers)
+        with self.packing.active():
+            out = self.target.forward(tree.tokens, positions, mask, cache, self.layers)
         assert out.logits is not None
         return pick(out.logits, *self.sampling), out.features
 

@@ -17,7 +17,17 @@ HEADS = sorted(p.stem for p in (REPOSITORY / "heads").glob("*.py") if p.stem != 
 
 LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"errors", "paths", "stats"},
-    {"attention", "cache", "default_target", "tree", "losses", "selection", "record"},
+    {
+        "attention",
+        "cache",
+        "default_target",
+        "tree",
+        "losses",
+        "selection",
+        "record",
+        "packed",
+        "optim",
+    },
     {"targets", "verify"},
     {"head", "data", "features", "hub", "apart"},
     {"draft", "unroll"},
