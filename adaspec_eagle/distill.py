@@ -19,6 +19,7 @@ from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import FeatureTable, split_rows, target_rows
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.losses import FULL_VOCABULARY, LOSSES, feature_regression, overlap, per_token
+from adaspec_eagle.optim import make_optimizer
 from adaspec_eagle.selection import kept, select
 from adaspec_eagle.targets import Target
 from adaspec_eagle.unroll import Batch, first_index, step_masks, step_states, supervised, unroll
@@ -235,6 +236,7 @@ class Distiller(Trainer):
         target: Target,
         objective: Objective,
         reference: DraftHead | None = None,
+        optimizer: str = "muon",
         **kwargs: Any,
     ) -> None:
         if objective.select == "adaspec" and reference is None:
@@ -244,9 +246,18 @@ class Distiller(Trainer):
         self.target = target
         self.objective: Objective = objective
         self.reference = reference
+        self.optimizer_name = optimizer
         # The loss is divided by the counts of get_batch_samples: no further division (the second
         # name is that of earlier versions of transformers).
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Muon or AdamW (optim.py), without weight decay."""
+        if self.optimizer is None:
+            wrapped = self.model if model is None else model
+            rate = self.args.learning_rate
+            self.optimizer = make_optimizer(self.optimizer_name, wrapped, rate)
+        return self.optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

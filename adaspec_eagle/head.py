@@ -188,6 +188,9 @@ class DraftHead(nn.Module):
         self.t2d.zero_()
         self.t2d[ids] = True
 
+    def start_from(self, target: Target) -> None:
+        """Fill fresh weights with what the target's last layer can give; nothing, here."""
+
     def bind(self, target: Target, allow_other_target: bool = False) -> "DraftHead":
         """Borrow the target's rows and take its device (and, out of training, its dtype).
 
@@ -224,6 +227,38 @@ class DraftHead(nn.Module):
             if notes is not None:
                 (made / "train.json").write_text(json.dumps(notes, indent=1) + "\n")
             replace_folder(made, folder)
+
+
+@torch.no_grad()
+def copy_layer(layer: nn.Module, target: Target, norms: dict[str, str]) -> None:
+    """Copy what a head's layer shares, by name, with the last layer of the target.
+
+    A matrix that is wider than the target's (attention over [embedding, hidden]) takes it over its
+    last columns and keeps half of its own draw in the others. norms: name of a norm in the head's
+    layer -> name in the target's. What the target does not have, or has in another shape (Phi,
+    GPT-NeoX), stays as it was drawn.
+    """
+    owner = dict(target.model.named_modules())
+    stacks = [m for m in owner.values() if isinstance(m, nn.ModuleList)]
+    last = next((m[-1] for m in stacks if len(m) == target.num_layers), None)
+    given = {} if last is None else {name: p.float() for name, p in last.named_parameters()}
+    for name, weight in layer.named_parameters():
+        module, _, kind = name.rpartition(".")
+        found = given.get(f"{norms.get(module, module)}.{kind}")
+        if found is None or found.shape[0] != weight.shape[0] or found.dim() != weight.dim():
+            continue
+        if found.shape == weight.shape:
+            weight.copy_(found)
+        elif weight.dim() == 2 and weight.shape[1] > found.shape[1]:
+            weight.mul_(0.5)
+            weight[:, -found.shape[1] :] = found
+
+
+@torch.no_grad()
+def pass_through(fc: nn.Linear) -> None:
+    """Let a fusing layer begin close to the identity on the last of its inputs."""
+    fc.weight.mul_(0.1)
+    fc.weight[:, -fc.out_features :] += torch.eye(fc.out_features, device=fc.weight.device)
 
 
 def built_in_heads() -> list[str]:

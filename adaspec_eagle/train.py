@@ -21,6 +21,7 @@ from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import MODES, FeatureTable, choose_mode, row_width
 from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new_head
 from adaspec_eagle.losses import LOSSES
+from adaspec_eagle.optim import OPTIMIZERS
 from adaspec_eagle.paths import default_cache_dir
 from adaspec_eagle.prepare import compute_features, draft_vocab, split_records
 from adaspec_eagle.record import environment, write_json, write_text
@@ -43,6 +44,7 @@ class TrainConfig:
     keep: str = "0.4"
     reference: str | None = None  # folder of a reference head to use instead of training one
     init: str | None = None  # folder of a head to start the draft head from
+    start: str = "target"  # fresh weights: the target's last layer where it fits, or random
     head: str = "eagle3"
     unroll: int | None = None  # None: what the head asks for
     decay: float = 0.8
@@ -51,7 +53,8 @@ class TrainConfig:
     mask_oov: bool = False
     epochs: float = 3.0
     reference_epochs: float | None = None  # None: as many as epochs
-    lr: float = 1e-3
+    optimizer: str = "muon"
+    lr: float | None = None  # None: what suits the optimiser
     batch_size: int = 8
     accumulate: int = 1
     max_length: int = 512
@@ -67,6 +70,8 @@ class TrainConfig:
         choices = (
             ("method", self.method, METHODS),
             ("loss", self.loss, LOSSES),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("start", self.start, ("target", "random")),
             ("select", self.select, (None, "none", "adaspec")),
             ("features", self.features, (None, *MODES)),
         )
@@ -85,7 +90,7 @@ class TrainConfig:
             if (getattr(self, name) or 1) < 1:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {getattr(self, name)}: must be at least 1")
-        if self.epochs <= 0 or self.lr <= 0 or (self.reference_epochs or 1) <= 0:
+        if self.epochs <= 0 or (self.lr or 1) <= 0 or (self.reference_epochs or 1) <= 0:
             raise UserError("--epochs, --reference-epochs and --lr must be above 0")
 
     @property
@@ -120,6 +125,7 @@ def run_training(config: TrainConfig, out: Path, resume: bool = False) -> Path:
     target = Target.load(config.target, config.dtype, config.device)
     say(describe(target))
     config.dtype = str(target.dtype).removeprefix("torch.")
+    config.lr = config.lr or OPTIMIZERS[config.optimizer]
     config.unroll = config.unroll or kind.default_unroll
     config.draft_vocab = config.draft_vocab or kind.default_draft_vocab or target.vocab_size
     given = _given_heads(config, target)
@@ -284,6 +290,7 @@ def _stage(
         target=job.target,
         objective=objective,
         reference=reference,
+        optimizer=job.config.optimizer,
         args=_arguments(job, checkpoints, epochs),
         train_dataset=job.train,
         eval_dataset=job.held_back,
@@ -327,6 +334,8 @@ def _fresh_head(job: Job, name: str) -> DraftHead:
             config.head, target, len(job.vocab), train_output=config.train_output
         )
         head = new_head(sizes, config.seed)
+        if config.start == "target":
+            head.start_from(target)
         head.set_draft_vocab(job.vocab)
         if config.train_output:
             with torch.no_grad():
@@ -347,11 +356,9 @@ def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
-        learning_rate=config.lr,
+        learning_rate=config.lr or OPTIMIZERS[config.optimizer],
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 50),
-        adam_beta2=0.95,
-        weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=job.target.dtype == torch.bfloat16,
         fp16=job.target.dtype == torch.float16,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from adaspec_eagle.head import DraftHead, HeadConfig, Unrolled
+from adaspec_eagle.head import DraftHead, HeadConfig, Target, Unrolled, copy_layer, pass_through
 
 
 class Head(DraftHead):
@@ -33,6 +33,11 @@ class Head(DraftHead):
     def feature_layers(num_layers: int) -> list[int]:
         """The last hidden state, which the output layer reads."""
         return [num_layers]
+
+    def start_from(self, target: Target) -> None:
+        """The target's last layer, over the feature."""
+        copy_layer(self.layers[0], target, {})
+        pass_through(self.fc)
 
     def fuse(self, features: Tensor) -> Tensor:
         """The feature itself."""

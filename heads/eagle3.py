@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from adaspec_eagle.head import DraftHead, HeadConfig, Unrolled
+from adaspec_eagle.head import DraftHead, HeadConfig, Target, Unrolled, copy_layer, pass_through
 
 
 class WideLayer(nn.Module):
@@ -55,6 +55,14 @@ class Head(DraftHead):
     def feature_layers(num_layers: int) -> list[int]:
         """The inputs of layers 2, L / 2 and L - 3, as in the published heads."""
         return [min(2, num_layers), num_layers // 2, max(num_layers - 3, 0)]
+
+    def start_from(self, target: Target) -> None:
+        """The target's last layer and final norm, behind the highest of the features."""
+        copy_layer(self.midlayer, target, {"hidden_norm": "input_layernorm", "input_layernorm": ""})
+        pass_through(self.fc)
+        norm = getattr(target.model.base_model, "norm", None)
+        if isinstance(norm, LlamaRMSNorm):
+            self.norm.load_state_dict(norm.state_dict())
 
     def fuse(self, features: Tensor) -> Tensor:
         """`[B, N, 3 H]` -> `[B, N, H]`."""
