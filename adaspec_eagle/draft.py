@@ -6,6 +6,7 @@ Legend: B rows, T pairs, W nodes of a level, M candidates, H hidden, F H feature
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from adaspec_eagle.cache import TreeCache
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.packed import packing
+from adaspec_eagle.sampling import DRAFT, Sampler, draw
 from adaspec_eagle.tree import DraftTree, select_nodes
 
 # Assumed acceptance by rank among a node's children, for the default static tree.
@@ -36,6 +38,8 @@ class Static:
             depths.append(depths[parent] + 1)
         return depths
 
+    sampled: ClassVar[bool] = False
+
     @property
     def depth(self) -> int:
         """Depth of the deepest node."""
@@ -54,13 +58,26 @@ class Dynamic:
     nodes: int = 8  # draft nodes verified, the root not counted
     depth: int = 4
     width: int = 4
+    sampled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if min(self.nodes, self.depth, self.width) < 1:
             raise UserError(f"{self}: nodes, depth and width of a tree must be at least 1")
 
 
-Shape = Static | Dynamic
+@dataclass(frozen=True)
+class Sampled:
+    """A chain of `depth` tokens drawn from the head's distribution instead of its best ones.
+
+    Accepted by the ratio test of speculative sampling, so that at temperature 1 a token passes with
+    probability sum_v min(p_v, q_v): the overlap.
+    """
+
+    depth: int = 4
+    sampled: ClassVar[bool] = True
+
+
+Shape = Static | Dynamic | Sampled
 
 
 def chain(length: int) -> Static:
@@ -92,17 +109,18 @@ def static_tree(nodes: int = 8, rates: tuple[float, ...] = RANK_RATES) -> Static
 
 
 def parse_shape(tree: str | Shape) -> Shape:
-    """A shape from what a user types: "dynamic", "static", "chain", "chain:K"."""
-    if isinstance(tree, Static | Dynamic):
+    """A shape from what a user types: "dynamic", "static", "chain", "chain:K", "sampled:K"."""
+    if isinstance(tree, Shape):
         return tree
     kind, _, size = tree.partition(":")
-    if kind == "chain" and (not size or size.isdigit()):
-        return chain(int(size or 4))
+    if kind in ("chain", "sampled") and (not size or size.isdigit()):
+        made = chain(int(size or 4))
+        return Sampled(made.depth) if kind == "sampled" else made
     if tree == "dynamic":
         return Dynamic()
     if tree == "static":
         return static_tree()
-    raise UserError(f"unknown tree {tree!r}; choose dynamic, static, chain or chain:K")
+    raise UserError(f"unknown tree {tree!r}; choose dynamic, static, chain:K or sampled:K")
 
 
 @dataclass(frozen=True)
@@ -184,18 +202,26 @@ class Drafter:
         self.cache.commit(path, length, longest)
         self._remember(hidden, length)
 
-    def grow(self, root: Tensor) -> DraftTree:
-        """A tree of this drafter's shape below the root tokens `[B]`; the cache is as before."""
+    def grow(self, root: Tensor, sampler: Sampler | None = None) -> tuple[DraftTree, list[Tensor]]:
+        """A tree of this drafter's shape below the root tokens `[B]`; the cache is as before.
+
+        For a sampled chain (which needs the sampler) also the distributions `[B, V]` its tokens
+        were drawn from, one a depth; else an empty list.
+        """
         assert self.hidden is not None
         assert self.logits is not None
+        drafts: list[Tensor] = []
         if isinstance(self.shape, Dynamic):
             tree = self._grow_dynamic(self.shape)
+        elif isinstance(self.shape, Sampled):
+            assert sampler is not None
+            tree, drafts = self._grow_sampled(self.shape, sampler)
         else:
             self.plan = self.plan or make_plan(self.shape, self.hidden.device)
             tree = self._grow_static(self.plan)
         tree.tokens[:, 0] = root
         self.cache.rollback()
-        return tree
+        return tree, drafts
 
     def keep(self, rows: Tensor) -> None:
         """Keep the given rows `[B']` only."""
@@ -223,6 +249,36 @@ class Drafter:
             hidden = self._forward(hidden, grown, positions, seen, depth)
             logits = self.head.logits(hidden)
         return DraftTree(tokens, plan.parents.expand(b, -1), plan.depths.expand(b, -1))
+
+    def _grow_sampled(self, shape: Sampled, sampler: Sampler) -> tuple[DraftTree, list[Tensor]]:
+        """Token by token, each drawn from what the head says behind the one before."""
+        assert self.hidden is not None
+        assert self.logits is not None
+        b, device = self.logits.shape[0], self.logits.device
+        places, ids = list(range(b)), self.head.draft_ids
+        tokens = [torch.zeros(b, dtype=torch.long, device=device)]
+        drafts: list[Tensor] = []
+        hidden, logits = self.hidden[:, None], self.logits
+        seen = torch.zeros(b, 1, 0, dtype=torch.bool, device=device)
+        for depth in range(1, shape.depth + 1):
+            q = (logits.double() / sampler.temperature).softmax(-1)  # [B, Vd]
+            drawn = draw(q, sampler.numbers(places, depth - 1, DRAFT))
+            tokens.append(self.head.to_target(drawn))
+            whole = q.new_zeros(b, self.head.config.vocab_size)
+            drafts.append(q if ids is None else whole.index_copy_(1, ids, q))
+            if depth == shape.depth:
+                break
+            seen = _with_itself(seen)
+            positions = torch.full((b, 1), depth - 1, device=device)
+            hidden = self._forward(hidden, tokens[-1][:, None], positions, seen, depth)
+            logits = self.head.logits(hidden)[:, 0]
+        steps = torch.arange(shape.depth + 1, device=device)
+        tree = DraftTree(
+            torch.stack(tokens, 1),
+            (steps - 1).clamp(min=0).expand(b, -1),
+            steps.expand(b, -1),
+        )
+        return tree, drafts
 
     def _grow_dynamic(self, shape: Dynamic) -> DraftTree:
         """Keep a beam of the most probable paths; rerank all candidates at the end (EAGLE-2)."""

@@ -4,22 +4,29 @@ Legend: B rows still running, T prompt columns, N nodes, P path length.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StopStringCriteria,
+)
 
 from adaspec_eagle.attention import tree_mask
 from adaspec_eagle.draft import Drafter, Shape, parse_shape
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.packed import packing
+from adaspec_eagle.sampling import Row, Sampler, warpers
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import Target
 from adaspec_eagle.tree import DraftTree, ancestor_mask, lone_root
-from adaspec_eagle.verify import emitted, match, pick
+from adaspec_eagle.verify import Verdict, emitted, match
 
 FIRST_CAPACITY = 4096  # columns a cache begins with at most; it doubles from there
 KEEP_SHARE = 0.75  # a big batch is cut down to its running rows when fewer than this share run
@@ -63,21 +70,29 @@ class Answers:
     end_ids: frozenset[int]
     tokens: list[list[int]]
     stats: AcceptanceStats = field(default_factory=AcceptanceStats)
+    stops: Callable[[int, list[int]], bool] | None = None  # (row, its answer) -> whether to stop
+    watch: Callable[[int, list[int], int], None] | None = None  # (row, new tokens, accepted drafts)
+    stopped: set[int] = field(default_factory=set)
 
     def ended(self, row: int) -> bool:
-        """Whether a row is finished: an end token, or as many tokens as were asked for."""
+        """Whether a row is finished: an end token, the limit, or what `stops` says."""
         answer = self.tokens[row]
-        return len(answer) >= self.limit or (bool(answer) and answer[-1] in self.end_ids)
+        at_end = len(answer) >= self.limit or (bool(answer) and answer[-1] in self.end_ids)
+        return at_end or row in self.stopped
 
     def extend(self, row: int, new: list[int]) -> int:
-        """Append what counts of `new`: up to the limit and to the first end token."""
+        """Append what counts of `new`, whose last token is the target's own; how many that was."""
         taken = 0
         for token in new:
             if self.ended(row):
                 break
             self.tokens[row].append(token)
             taken += 1
+            if self.stops and self.stops(row, self.tokens[row]):
+                self.stopped.add(row)
         self.stats.new_tokens += taken
+        if self.watch and taken:
+            self.watch(row, new[:taken], min(taken, len(new) - 1))
         return taken
 
     def count_round(self, taken: int, accepted: int, depth: int, nodes: int) -> None:
@@ -101,37 +116,96 @@ def generate(
     max_new_tokens: int = 128,
     *,
     temperature: float = 0.0,
+    top_k: int | None = None,
     top_p: float = 1.0,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    min_new_tokens: int = 0,
+    stop_strings: Sequence[str] = (),
     seed: int = 0,
+    row_keys: Sequence[int] | None = None,
     ignore_eos: bool = False,
     allow_other_target: bool = False,
 ) -> Generation:
-    """Generate with a draft head; the greedy output is the target's own (README: lossless).
+    """Generate with a draft head; the output is the target's own (README: lossless).
 
     input_ids `[B, T]` with padding on either side, attention_mask `[B, T]` (1 = token). head None:
-    plain decoding by the same loop. tree: "dynamic", "static", "chain", "chain:K" or a shape of
-    `draft.py`. temperature above 0 samples from the target, without a head only. Raises UserError
-    for a head that does not fit the target and for prompts that leave no room in the context.
+    plain decoding by the same loop. tree: "dynamic", "static", "chain", "chain:K", "sampled:K" or a
+    shape of `draft.py`. temperature 0 takes the most probable token; above it, top_k, top_p and
+    min_p cut as in transformers. The token drawn at a place depends on (seed, row key, position)
+    alone, not on the tree or the batch; row_keys: one for each row, their numbers unless given.
+    Raises UserError for a head that does not fit the target, for prompts that leave no room in the
+    context and for values out of range.
     """
-    rows = _check(
-        target,
-        head,
-        input_ids,
-        attention_mask,
-        max_new_tokens,
-        temperature,
-        top_p,
-        allow_other_target,
-    )
+    rows = check_prompts(target, input_ids, attention_mask, max_new_tokens)
     shape = parse_shape(tree)
-    end_ids = frozenset() if ignore_eos else frozenset(target.eos_token_ids)
-    answers = Answers(max_new_tokens, end_ids, [[] for _ in rows])
+    if shape.sampled and temperature == 0:
+        raise UserError(f"tree {tree!r} samples its drafts: give a temperature above 0")
+    if not 0 <= min_new_tokens <= max_new_tokens or repetition_penalty <= 0:
+        raise UserError(
+            f"min_new_tokens {min_new_tokens} (from 0 to max_new_tokens), repetition_penalty "
+            f"{repetition_penalty} (above 0)"
+        )
+    if head is not None:
+        head.bind(target, allow_other_target)
+    cuts = warpers(temperature, top_k, top_p, min_p)
+    prompts = [row.tolist() for row in rows]
+    end_ids = [] if ignore_eos else target.eos_token_ids
+    sampler = Sampler(
+        [
+            Row(
+                key,
+                [*ids],
+                len(ids),
+                _processors(cuts, repetition_penalty, ids, min_new_tokens, end_ids),
+            )
+            for key, ids in zip(row_keys or range(len(rows)), prompts, strict=True)
+        ],
+        sample=temperature > 0,
+        seed=seed,
+    )
+    answers = Answers(max_new_tokens, frozenset(end_ids), [[] for _ in rows])
+    if stop_strings:
+        criterion = StopStringCriteria(target.tokenizer, list(stop_strings))
+        answers.stops = lambda row, answer: bool(
+            criterion(torch.tensor([prompts[row] + answer]), None).any()
+        )
+    decode(target, head, rows, shape, sampler, answers)
+    sequences = padded_answers(input_ids, answers.tokens, target.pad_token_id)
+    return Generation(sequences, answers.tokens, answers.stats)
+
+
+def _processors(
+    cuts: LogitsProcessorList, penalty: float, prompt: list[int], least: int, end_ids: list[int]
+) -> LogitsProcessorList:
+    """A row's processors in transformers' order; `cuts` itself where nothing depends on the row."""
+    own: list = []
+    if penalty != 1:
+        own.append(RepetitionPenaltyLogitsProcessor(penalty))
+    if least and end_ids:
+        own.append(MinNewTokensLengthLogitsProcessor(len(prompt), least, end_ids))
+    return LogitsProcessorList([*own, *cuts]) if own else cuts
+
+
+@torch.no_grad()
+def decode(
+    target: Target,
+    head: DraftHead | None,
+    rows: list[Tensor],
+    shape: Shape,
+    sampler: Sampler,
+    answers: Answers,
+) -> None:
+    """The loop behind `generate`, for arguments that were checked: fills `answers`.
+
+    rows: the prompts' ids without padding; head: bound, or None; `sampler` and `answers` have a row
+    for each of them.
+    """
     clock = Stopwatch(target.device)
     begin = clock.now()
-    generator = torch.Generator(device=target.device).manual_seed(seed) if temperature else None
-    run = _Run(target, head, shape, temperature, top_p, generator, clock)
+    run = _Run(target, head, shape, sampler, clock)
     with clock.part("prefill"):
-        first = run.prefill(rows, max_new_tokens)
+        first = run.prefill(rows, answers.limit)
     for row, token in enumerate(first):
         answers.extend(row, [token])
     live = list(range(len(rows)))  # live[b]: the row that stands at place b of the batch
@@ -150,26 +224,23 @@ def generate(
     stats = answers.stats
     stats.seconds = clock.seconds
     stats.seconds["rest"] = clock.now() - begin - sum(clock.seconds.values())
-    return Generation(_pad(input_ids, answers.tokens, target.pad_token_id), answers.tokens, stats)
 
 
 class _Run:
-    """The state of one `generate` call: caches, the head's drafter, the last token of each row."""
+    """The state of one `decode`: caches, the head's drafter, the last token of each row."""
 
     def __init__(
         self,
         target: Target,
         head: DraftHead | None,
         shape: Shape,
-        temperature: float,
-        top_p: float,
-        generator: torch.Generator | None,
+        sampler: Sampler,
         clock: Stopwatch,
     ) -> None:
         self.target = target
         self.head = head
         self.shape = shape
-        self.sampling = (temperature, top_p, generator)
+        self.sampler = sampler
         self.clock = clock
         self.packing = packing(target.model)
         self.layers = head.config.feature_layers if head else ()
@@ -194,35 +265,52 @@ class _Run:
         self.cache.commit_prefix(lengths, longest)
         last = (lengths - 1)[:, None, None].expand(-1, 1, out.hidden.shape[-1])
         logits = target.logits(out.hidden.gather(1, last))  # [B, 1, V]
-        self.last = pick(logits, *self.sampling)[:, 0]  # [B]
+        root = lone_root(tokens[:, 0])
+        running = [True] * len(rows)
+        verdict, finite = self._judge(root, logits, ancestor_mask(root.parents, 0), 0, running, [])
+        self.last = verdict.bonus  # [B]
+        self._check_finite(finite.tolist(), rows)
         if self.head:
             assert out.features is not None
             following = torch.roll(tokens, -1, dims=1)
             following.scatter_(1, lengths[:, None] - 1, self.last[:, None])
             self.drafter = Drafter(self.head, self.shape, min(room, FIRST_CAPACITY))
             self.drafter.prefill(out.features, following, lengths)
-        return self.last.tolist()
+        first = self.last.tolist()
+        for b, token in enumerate(first):
+            self.sampler.extend(b, [token])
+        return first
 
     def round(self, running: list[bool]) -> list[list[int]]:
         """One draft and one verify; the tokens that each row emits (rows at rest stand still)."""
         with self.clock.part("draft"):
-            tree = self.drafter.grow(self.last) if self.drafter else lone_root(self.last)
+            if self.drafter:
+                tree, drafts = self.drafter.grow(self.last, self.sampler)
+            else:
+                tree, drafts = lone_root(self.last), []
         self.nodes = tree.tokens.shape[1] - 1
-        ancestors = ancestor_mask(tree.parents, self._depth())
+        limit = self.shape.depth if self.drafter else 0
+        ancestors = ancestor_mask(tree.parents, limit)
         with self.clock.part("verify"):
-            picks, features = self._verify(tree, ancestors)
-        verdict = match(tree, picks, ancestors)
+            logits, features = self._verify(tree, ancestors)
+        verdict, finite = self._judge(tree, logits, ancestors, limit, running, drafts)
         tokens = emitted(tree, verdict)  # [B, N]
         depth = tree.depths.amax(1)
-        host = torch.cat([verdict.length[:, None], depth[:, None], tokens], 1).tolist()
-        counts = [row[0] for row in host]  # the round's one read from the device
+        facts = torch.stack([verdict.length, depth, finite.long()], 1)
+        host = torch.cat([facts, tokens], 1).tolist()  # the round's one read from the device
+        self._check_finite([bool(row[2]) for row in host])
+        counts = [row[0] for row in host]
         self.depths = [row[1] for row in host]
         gained = [count if go else 0 for count, go in zip(counts, running, strict=True)]
         self.lengths = [old + new for old, new in zip(self.lengths, gained, strict=True)]
         moved = torch.tensor(gained, device=tokens.device)
         self._commit(verdict.path, tokens, moved, max(counts), features)
         self.last = torch.where(moved > 0, verdict.bonus, self.last)
-        return [row[2 : 2 + count] for row, count in zip(host, counts, strict=True)]
+        new = [row[3 : 3 + count] for row, count in zip(host, counts, strict=True)]
+        for b, goes_on in enumerate(running):
+            if goes_on:
+                self.sampler.extend(b, new[b])
+        return new
 
     def keep(self, places: list[int]) -> None:
         """Keep the rows at the given places of the batch only."""
@@ -230,14 +318,12 @@ class _Run:
         self.lengths = [self.lengths[place] for place in places]
         self.last = self.last[rows]
         self.cache.keep(rows)
+        self.sampler.keep(places)
         if self.drafter:
             self.drafter.keep(rows)
 
-    def _depth(self) -> int:
-        return self.shape.depth if self.drafter else 0
-
     def _verify(self, tree: DraftTree, ancestors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The target's own token at every node `[B, N]`, and the nodes' features."""
+        """The target's logits at every node `[B, N, V]`, and the nodes' features."""
         cache = self.cache
         assert cache.lengths is not None
         mask = tree_mask(cache.lengths, cache.start, ancestors, self.target.dtype)
@@ -246,7 +332,33 @@ class _Run:
         with self.packing.active():
             out = self.target.forward(tree.tokens, positions, mask, cache, self.layers)
         assert out.logits is not None
-        return pick(out.logits, *self.sampling), out.features
+        return out.logits, out.features
+
+    def _judge(
+        self,
+        tree: DraftTree,
+        logits: Tensor,
+        ancestors: Tensor,
+        depth: int,
+        running: list[bool],
+        drafts: list[Tensor],
+    ) -> tuple[Verdict, Tensor]:
+        """What the target accepts, and whether each row's logits were numbers `[B]`."""
+        if self.sampler.plain:
+            picks = logits.argmax(-1)  # [B, N]
+            best = logits.gather(-1, picks[:, :, None])[..., 0]
+            return match(tree, picks, ancestors), best.isfinite().all(1)
+        finite = logits.amax(-1).isfinite().all(1)  # a NaN is its row's maximum
+        if not bool(finite.all()):
+            return match(tree, tree.tokens, ancestors), finite
+        return self.sampler.walk(tree, logits, depth, running, drafts or None), finite
+
+    def _check_finite(self, finite: list[bool], rows: list[Tensor] | None = None) -> None:
+        """Raise UserError naming layer and token if a row's logits are NaN or infinite."""
+        for place, fine in enumerate(finite):
+            if not fine:
+                ids = self.sampler.rows[place].history if rows is None else rows[place].tolist()
+                raise UserError(where_not_finite(self.target, ids))
 
     def _commit(
         self, path: Tensor, tokens: Tensor, moved: Tensor, longest: int, features: Tensor | None
@@ -262,25 +374,33 @@ class _Run:
             self.drafter.advance(pairs, tokens[:, :longest], moved, max(self.lengths))
 
 
-def _check(
-    target: Target,
-    head: DraftHead | None,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    allow_other_target: bool,
+def where_not_finite(target: Target, ids: list[int]) -> str:
+    """Which hidden state of the target is the first that is no number, and at which token."""
+    tokens = torch.tensor([ids], device=target.device)
+    out = target.model(input_ids=tokens, output_hidden_states=True)
+    states = [(f"hidden state {i}", state) for i, state in enumerate(out.hidden_states)]
+    for name, state in [*states, ("the logits", out.logits)]:
+        wrong = (~state[0].isfinite()).any(-1).nonzero()[:, 0]
+        if len(wrong):
+            place = int(wrong[0])
+            return (
+                f"target {target.name!r} gives NaN or infinite values: first in {name}, at token "
+                f"{place} (id {ids[place]}); check the weights, or load them with --dtype float32"
+            )
+    return (
+        f"target {target.name!r} gave NaN or infinite logits behind {len(ids)} tokens, but not "
+        "when they were computed again; load it with --dtype float32"
+    )
+
+
+def check_prompts(
+    target: Target, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
 ) -> list[Tensor]:
-    """Check the arguments and bind the head; the prompts without their padding."""
+    """The prompts without their padding; UserError for those that cannot be answered."""
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise UserError(f"input_ids of shape {tuple(input_ids.shape)}; expected [rows, tokens]")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(f"temperature {temperature} (at least 0), top_p {top_p} (within (0, 1])")
-    if head is not None and temperature > 0:
-        raise UserError("drafting is greedy only: use temperature 0, or head None to sample")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     rows = [ids[keep.bool()] for ids, keep in zip(input_ids, attention_mask, strict=True)]
@@ -292,8 +412,6 @@ def _check(
                 f"prompt {b} has {len(row)} tokens; with {max_new_tokens} new ones it does not fit "
                 f"the context of {target.context}; shorten it or lower max_new_tokens"
             )
-    if head is not None:
-        head.bind(target, allow_other_target)
     return rows
 
 
@@ -303,7 +421,7 @@ def _bump(counts: list[int], index: int, size: int) -> None:
     counts[index] += 1
 
 
-def _pad(input_ids: Tensor, answers: list[list[int]], pad: int) -> Tensor:
+def padded_answers(input_ids: Tensor, answers: list[list[int]], pad: int) -> Tensor:
     """The prompt as given, then the answers, padded on the right: `[B, T + new]`."""
     width = max(len(answer) for answer in answers)
     padded = [answer + [pad] * (width - len(answer)) for answer in answers]

@@ -1,6 +1,6 @@
-"""Verification: the target's own token at every node, then the walk that follows it.
+"""Greedy verification: the target's own token at every node, then the walk that follows it.
 
-Legend: B rows, N nodes, V vocabulary, D depth.
+Legend: B rows, N nodes, D depth.
 """
 
 from dataclasses import dataclass
@@ -20,37 +20,11 @@ class Verdict:
     bonus: Tensor  # [B] the target's own token behind the path
 
 
-def pick(
-    logits: Tensor,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """The target's next token behind each node: `[B, N, V]` -> `[B, N]`.
-
-    Greedy at temperature 0; else a sample of softmax(logits / temperature), cut to the smallest set
-    of tokens whose probability reaches top_p (nucleus sampling, Holtzman et al. 2020).
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = (logits.flatten(0, 1).float() / temperature).softmax(-1)  # [B N, V]
-    cdf = probs.cumsum(-1)
-    picks = torch.zeros_like(probs[:, :1], dtype=torch.long)  # [B N, 1]
-    rows = torch.arange(len(picks), device=picks.device)
-    while len(rows):  # no sorting: a token is in the nucleus if those above it do not reach top_p
-        spot = torch.rand(len(cdf), 1, generator=generator, device=cdf.device) * cdf[:, -1:]
-        drawn = torch.searchsorted(cdf, spot, right=True).clamp(max=cdf.shape[1] - 1)
-        picks[rows] = drawn[rows]
-        above = (probs * (probs > probs.gather(1, picks))).sum(-1)
-        rows = (above >= top_p).nonzero()[:, 0] if top_p < 1 else rows[:0]
-    return picks.view(logits.shape[:-1])
-
-
 def match(tree: DraftTree, picks: Tensor, ancestors: Tensor) -> Verdict:
     """Follow the child that equals the target's pick, as deep as it goes.
 
-    picks `[B, N]`, ancestors `[B, N, N]` (tree.ancestor_mask). Exact for any tree: the emitted
-    tokens are picks only, and siblings differ, so at most one child matches.
+    picks `[B, N]`: the argmax at every node; ancestors `[B, N, N]` (tree.ancestor_mask). Exact for
+    any tree: the emitted tokens are picks only, and siblings differ, so at most one child matches.
     """
     agrees = tree.tokens == picks.gather(1, tree.parents)  # [B, N]
     agrees[:, 0] = True

@@ -19,6 +19,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"errors", "paths", "stats", "packed", "optim"},
     {"attention", "cache", "default_target", "tree", "losses", "fused", "selection", "record"},
     {"targets", "verify"},
+    {"sampling"},
     {"head", "data", "features", "hub", "apart"},
     {"draft", "unroll"},
     {"generate"},

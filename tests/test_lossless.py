@@ -176,13 +176,13 @@ def test_the_heads_cache_after_ragged_rounds_is_that_of_a_fresh_prefill():
         pairs = features.gather(1, rows[:, :, None].expand(-1, -1, 96))
         drafter.advance(pairs, ids.gather(1, rows), gained, longest=9)
         drafter.keep(torch.tensor([0, 1]))
-        tree = drafter.grow(ids[:2, 0])
+        tree, _ = drafter.grow(ids[:2, 0])
         for row in range(2):
             fresh = Drafter(head, Dynamic(nodes=8, depth=3, width=3))
             total = (lengths + gained)[row : row + 1]
             fresh.prefill(features[row : row + 1, :total], ids[row : row + 1, :total], total)
             torch.testing.assert_close(drafter.hidden[row], fresh.hidden[0])
-            wanted = fresh.grow(ids[row : row + 1, 0])
+            wanted, _ = fresh.grow(ids[row : row + 1, 0])
             assert torch.equal(tree.tokens[row], wanted.tokens[0])
             assert torch.equal(tree.parents[row], wanted.parents[0])
 

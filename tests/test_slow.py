@@ -116,3 +116,16 @@ def test_acceptance_on_real_prompts(shared_data, real_target, tmp_path):
     command += ["--max-new-tokens", "32"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
     assert "overlap" in done.stdout.splitlines()[-1]
+
+
+def test_stop_strings_end_an_answer_where_generate_ends_it(real_target):
+    ids = torch.tensor([real_target.chat_ids([{"role": "user", "content": "Name three fruits."}])])
+    free = generate(real_target, None, ids, max_new_tokens=24).answers[0]
+    word = real_target.tokenizer.decode(free[9:11]).strip()
+    found = generate(real_target, None, ids, max_new_tokens=24, stop_strings=[word])
+    wanted = real_target.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
+        stop_strings=[word], tokenizer=real_target.tokenizer,
+    )  # fmt: skip
+    assert torch.equal(found.sequences, wanted)
+    assert 0 < len(found.answers[0]) <= 11

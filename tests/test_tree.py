@@ -7,7 +7,7 @@ from adaspec_eagle.attention import Unrolled, additive_mask, grouped_attention
 from adaspec_eagle.draft import Drafter, Dynamic, chain, parse_shape, static_tree
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.tree import DraftTree, ancestor_mask, select_nodes
-from adaspec_eagle.verify import emitted, match, pick
+from adaspec_eagle.verify import emitted, match
 from tests.tiny import tiny_head, tiny_target
 
 
@@ -34,7 +34,7 @@ def test_grown_trees_are_in_order_and_siblings_differ(shape):
     features = torch.randn(3, 8, 96, dtype=torch.float64)
     with torch.no_grad():
         drafter.prefill(features, ids, torch.tensor([8, 5, 2]))
-        tree = drafter.grow(torch.tensor([9, 10, 11]))
+        tree, _ = drafter.grow(torch.tensor([9, 10, 11]))
     assert tree.tokens[:, 0].tolist() == [9, 10, 11]
     for row in range(3):
         parents, depths = tree.parents[row].tolist(), tree.depths[row].tolist()
@@ -55,7 +55,7 @@ def test_dynamic_tree_holds_the_most_probable_paths():
     with torch.no_grad():
         drafter = Drafter(head, shape)
         drafter.prefill(features, ids, torch.tensor([8]))
-        tree = drafter.grow(torch.tensor([9]))
+        tree, _ = drafter.grow(torch.tensor([9]))
         first = drafter.logits.float().log_softmax(-1)[0]
         best = head.to_target(first.topk(1).indices)
         assert int(tree.tokens[0, tree.depths[0] == 1][0]) == int(best)
@@ -142,17 +142,6 @@ def test_unrolled_attention_equals_a_dense_mask():
     wide = [x.repeat_interleave(3, dim=1) for x in (key, value)]
     wanted = torch.nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=mask)
     torch.testing.assert_close(found, wanted.transpose(1, 2))
-
-
-def test_nucleus_sampling_follows_the_law():
-    """200,000 draws: chi-square against the renormalised nucleus, 99.99 % bound for 2 degrees."""
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0]).expand(200_000, 1, 5)
-    drawn = pick(logits, 1.0, 0.9, torch.Generator().manual_seed(5))
-    counts = torch.bincount(drawn.flatten(), minlength=5).double()
-    probs = logits[0, 0].softmax(-1)[:3].double()
-    expected = 200_000 * probs / probs.sum()
-    assert counts[3:].sum() == 0
-    assert float(((counts[:3] - expected) ** 2 / expected).sum()) < 18.42
 
 
 @pytest.mark.parametrize("wrong", ["tree", "chain:0", "chain:x", "beam"])

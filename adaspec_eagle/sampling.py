@@ -1,0 +1,275 @@
+"""The target's next token under sampling and logits processors, whatever was drafted before it.
+
+Every random number belongs to a place (seed, row, position, purpose), so that the token which the
+target draws there does not depend on the tree, on the round, or on what else is in the batch:
+decoding with trees gives token for token what sampling without a draft gives.
+
+Legend: B rows of the batch, A rows still walking, V vocabulary, Vd draft vocabulary, D depth.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.tree import DraftTree
+from adaspec_eagle.verify import Verdict
+
+ANY_HISTORY = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+OWN_HISTORY = (
+    RepetitionPenaltyLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
+PICK, DRAFT, ACCEPT, RESIDUAL, RETRY = range(5)  # what a random number is for; RETRY and beyond
+MAX_SEED = 2**64
+
+
+def uniforms(
+    seed: int, rows: Sequence[int], positions: Sequence[int], purpose: int = PICK
+) -> Tensor:
+    """One number of [0, 1) for each (row, position), float64 `[B]`, always the same.
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood, 2014) over one key after the other.
+    """
+    state = np.full(len(rows), seed, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for key in (purpose, rows, positions):
+            state = state + (np.asarray(key, dtype=np.uint64) + np.uint64(1)) * _GOLDEN
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def draw(weights: Tensor, numbers: Tensor) -> Tensor:
+    """The id at which the running sum of `[A, V]` weights passes the share `[A]`: `[A]`."""
+    sums = weights.double().cumsum(-1)
+    total = sums[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not reach the end
+    spot = torch.minimum(numbers.to(sums.device)[:, None] * total, below)
+    return torch.searchsorted(sums, spot, right=True)[:, 0]
+
+
+def check_processors(processors: LogitsProcessorList) -> None:
+    """Raise UserError for a logits processor that drafting does not support."""
+    for processor in processors:
+        if type(processor) not in ANY_HISTORY + OWN_HISTORY:
+            known = ", ".join(kind.__name__ for kind in ANY_HISTORY + OWN_HISTORY)
+            raise UserError(
+                f"logits processor {type(processor).__name__} is not supported with drafting; "
+                f"supported: {known}. Leave it out, or generate without a head"
+            )
+
+
+@dataclass
+class Row:
+    """What the next token of a row depends on beside its logits."""
+
+    key: int  # the row's own number: alone or in a batch, it draws the same
+    history: list[int]  # what processors see: the prompt and what was emitted
+    position: int  # tokens before the next one, padding not counted
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+
+
+@dataclass
+class Sampler:
+    """Picks tokens for the rows of a batch; `rows` is kept in step with the batch's places."""
+
+    rows: list[Row]
+    sample: bool = False  # else the most probable token
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < MAX_SEED:
+            raise UserError(f"seed {self.seed}: must be at least 0 and below 2**64")
+        for row in self.rows:
+            check_processors(row.processors)
+
+    @property
+    def plain(self) -> bool:
+        """Whether a token is the argmax of the target's logits and nothing else."""
+        return not self.sample and not any(row.processors for row in self.rows)
+
+    @property
+    def temperature(self) -> float:
+        """The rows' temperature, which sampled drafts take over; 1 where none is set."""
+        found = [p for p in self.rows[0].processors if isinstance(p, TemperatureLogitsWarper)]
+        return found[0].temperature if found else 1.0
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Keep the rows at the given places only."""
+        self.rows = [self.rows[place] for place in places]
+
+    def extend(self, place: int, tokens: list[int]) -> None:
+        """A row has emitted tokens."""
+        self.rows[place].history += tokens
+        self.rows[place].position += len(tokens)
+
+    def numbers(self, places: Sequence[int], ahead: int, purpose: int = PICK) -> Tensor:
+        """The random numbers of the tokens `ahead` positions behind what was emitted, `[A]`."""
+        keys = [self.rows[place].key for place in places]
+        positions = [self.rows[place].position + ahead for place in places]
+        return uniforms(self.seed, keys, positions, purpose)
+
+    def walk(
+        self,
+        tree: DraftTree,
+        logits: Tensor,
+        depth: int,
+        running: Sequence[bool],
+        drafts: list[Tensor] | None = None,
+    ) -> Verdict:
+        """Choose the target's token node by node, and follow the child that equals it.
+
+        logits `[B, N, V]` at every node; depth: of the deepest node. Processors are applied to the
+        nodes that the walk comes to, with the history that they have there. drafts: for a chain
+        whose tokens were *sampled*, the distributions `[B, V]` they came from, one a depth; then
+        token x is accepted with probability min(1, p(x) / q(x)) and replaced by a draw from the
+        rest max(p - q, 0) otherwise (Leviathan et al., arXiv 2211.17192, algorithm 1).
+        """
+        b = len(tree.tokens)
+        node = torch.zeros(b, dtype=torch.long, device=logits.device)
+        length, bonus = torch.ones_like(node), tree.tokens[:, 0].clone()
+        path = torch.zeros(b, depth + 1, dtype=torch.long, device=logits.device)
+        live = [place for place, goes_on in enumerate(running) if goes_on]
+        for d in range(depth + 1):
+            at = torch.tensor(live, device=logits.device)
+            drafted = tree.tokens[at].gather(1, path[at, 1 : d + 1])  # [A, d]
+            scores = self._process(live, logits[at, node[at]], drafted)  # [A, V]
+            if drafts is not None and d < depth:
+                token = self._ratio_test(live, scores, tree.tokens[at, d + 1], drafts[d][at], d)
+            else:
+                token = self._choose(live, scores, d)
+            bonus[at] = token
+            child = (tree.parents[at] == node[at, None]) & (tree.depths[at] == d + 1)
+            child &= tree.tokens[at] == token[:, None]  # [A, N]
+            found = child.any(1)
+            at, child = at[found], child[found]
+            live = at.tolist()
+            if not live:
+                break
+            node[at] = path[at, d + 1] = child.long().argmax(1)
+            length[at] = d + 2
+        return Verdict(path, length, bonus)
+
+    def _process(self, places: list[int], logits: Tensor, drafted: Tensor) -> Tensor:
+        """Scores after the rows' processors, in float32 (float64 for float64): `[A, V]`."""
+        exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        scores = logits.to(exact)
+        lists = [self.rows[place].processors for place in places]
+        own = any(isinstance(p, OWN_HISTORY) for processors in lists for p in processors)
+        if not own and all(processors is lists[0] for processors in lists):
+            return self._applied(lists[0], drafted, scores)
+        done = []
+        for a, place in enumerate(places):
+            ids = torch.tensor([self.rows[place].history + drafted[a].tolist()])
+            done.append(self._applied(lists[a], ids.to(scores.device), scores[a : a + 1]))
+        return torch.cat(done)
+
+    def _applied(self, processors: LogitsProcessorList, ids: Tensor, scores: Tensor) -> Tensor:
+        """All processors but a last top-p, which `_choose` sees to without sorting."""
+        last = len(processors) - 1
+        for place, processor in enumerate(processors):
+            if place < last or not self._is_nucleus(processor):
+                scores = processor(ids, scores)
+        return scores
+
+    def _is_nucleus(self, processor: object) -> bool:
+        plain_top_p = isinstance(processor, TopPLogitsWarper) and processor.min_tokens_to_keep == 1
+        return self.sample and plain_top_p
+
+    def _nuclei(self, places: list[int]) -> Tensor:
+        """The top-p that is still to be applied, 1 where there is none: `[A]`."""
+        lasts = [([None, *self.rows[place].processors])[-1] for place in places]
+        return torch.tensor(
+            [
+                p.top_p if isinstance(p, TopPLogitsWarper) and self._is_nucleus(p) else 1.0
+                for p in lasts
+            ]
+        )
+
+    def _choose(self, places: list[int], scores: Tensor, ahead: int) -> Tensor:
+        """The target's token `[A]`: the best, or a draw.
+
+        A nucleus is drawn from without sorting the vocabulary: a draw from all tokens is kept if
+        those above it do not reach top_p, and repeated with the next number otherwise.
+        """
+        if not self.sample:
+            return scores.argmax(-1)
+        probs = scores.softmax(-1)  # [A, V]
+        top_p = self._nuclei(places).to(probs.device)
+        token = draw(probs, self.numbers(places, ahead))
+        purpose = RETRY
+        while True:
+            above = (probs * (probs > probs.gather(1, token[:, None]))).sum(-1)
+            again = ((top_p < 1) & (above >= top_p)).nonzero()[:, 0]
+            if not len(again):
+                return token
+            tried = self.numbers([places[a] for a in again.tolist()], ahead, purpose)
+            token[again] = draw(probs[again], tried)
+            purpose += 1
+
+    def distribution(self, places: list[int], scores: Tensor) -> Tensor:
+        """What `_choose` draws from, `[A, V]` in float64."""
+        probs = scores.double().softmax(-1)
+        top_p = self._nuclei(places).to(probs.device)[:, None]
+        if bool((top_p >= 1).all()):
+            return probs
+        ordered, ids = probs.sort(-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p
+        probs = probs.masked_fill(outside.gather(1, ids.argsort(-1)) & (top_p < 1), 0.0)
+        return probs / probs.sum(-1, keepdim=True)
+
+    def _ratio_test(
+        self, places: list[int], scores: Tensor, drafted: Tensor, q: Tensor, ahead: int
+    ) -> Tensor:
+        """The drafted token `[A]` where it passes, else a draw from the rest."""
+        p, q = self.distribution(places, scores), q.double()
+        spot = drafted[:, None]
+        chance = self.numbers(places, ahead, ACCEPT).to(p.device)
+        passes = chance * q.gather(1, spot)[:, 0] < p.gather(1, spot)[:, 0]
+        rest = (p - q).clamp(min=0)
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # p = q: nothing is rejected
+        replaced = draw(rest, self.numbers(places, ahead, RESIDUAL))
+        return torch.where(passes, drafted, replaced)
+
+
+def warpers(
+    temperature: float, top_k: int | None = None, top_p: float = 1.0, min_p: float | None = None
+) -> LogitsProcessorList:
+    """transformers' own warpers in its own order; raises UserError for values out of range."""
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(f"temperature {temperature} (at least 0), top_p {top_p} (within (0, 1])")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k {top_k}: must be at least 1")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise UserError(f"min_p {min_p}: must be within [0, 1]")
+    made = LogitsProcessorList()
+    if temperature == 0:
+        return made
+    if temperature != 1:
+        made.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k is not None:
+        made.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        made.append(TopPLogitsWarper(top_p))
+    if min_p is not None:
+        made.append(MinPLogitsWarper(min_p))
+    return made
