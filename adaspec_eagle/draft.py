@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adaspec_eagle.attention import tree_mask
+from adaspec_eagle.auto import Planner
 from adaspec_eagle.cache import TreeCache
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
@@ -77,7 +78,17 @@ class Sampled:
     sampled: ClassVar[bool] = True
 
 
-Shape = Static | Dynamic | Sampled
+@dataclass(frozen=True)
+class Auto:
+    """A dynamic tree whose depth and size follow what pays, within these bounds (auto.py)."""
+
+    nodes: int = 63
+    depth: int = 10
+    width: int = 8
+    sampled: ClassVar[bool] = False
+
+
+Shape = Static | Dynamic | Sampled | Auto
 
 
 def chain(length: int) -> Static:
@@ -109,18 +120,20 @@ def static_tree(nodes: int = 8, rates: tuple[float, ...] = RANK_RATES) -> Static
 
 
 def parse_shape(tree: str | Shape) -> Shape:
-    """A shape from what a user types: "dynamic", "static", "chain", "chain:K", "sampled:K"."""
+    """A shape from what a user types: "auto", "dynamic", "static", "chain:K", "sampled:K"."""
     if isinstance(tree, Shape):
         return tree
     kind, _, size = tree.partition(":")
     if kind in ("chain", "sampled") and (not size or size.isdigit()):
         made = chain(int(size or 4))
         return Sampled(made.depth) if kind == "sampled" else made
+    if tree == "auto":
+        return Auto()
     if tree == "dynamic":
         return Dynamic()
     if tree == "static":
         return static_tree()
-    raise UserError(f"unknown tree {tree!r}; choose dynamic, static, chain:K or sampled:K")
+    raise UserError(f"unknown tree {tree!r}; choose auto, dynamic, static, chain:K or sampled:K")
 
 
 @dataclass(frozen=True)
@@ -172,9 +185,13 @@ def make_plan(shape: Static, device: torch.device) -> Plan:
 class Drafter:
     """A head at work: its cache, and what it knows at each row's last committed pair."""
 
-    def __init__(self, head: DraftHead, shape: Shape, capacity: int = 256) -> None:
+    def __init__(
+        self, head: DraftHead, shape: Shape, capacity: int = 256, planner: Planner | None = None
+    ) -> None:
         self.head = head
         self.shape = shape
+        self.planner = planner  # of an Auto shape
+        self.drafted: tuple[Tensor, Tensor, int] | None = None  # scores, depths, levels: to learn
         self.packing = packing(head)
         self.cache = TreeCache(head.cached_layers, capacity)
         self.plan: Plan | None = None  # of a static shape, made once
@@ -211,7 +228,7 @@ class Drafter:
         assert self.hidden is not None
         assert self.logits is not None
         drafts: list[Tensor] = []
-        if isinstance(self.shape, Dynamic):
+        if isinstance(self.shape, Dynamic | Auto):
             tree = self._grow_dynamic(self.shape)
         elif isinstance(self.shape, Sampled):
             assert sampler is not None
@@ -280,8 +297,16 @@ class Drafter:
         )
         return tree, drafts
 
-    def _grow_dynamic(self, shape: Dynamic) -> DraftTree:
-        """Keep a beam of the most probable paths; rerank all candidates at the end (EAGLE-2)."""
+    def learn(self, accepted: list[int]) -> None:
+        """Tell the planner how many draft tokens each row accepted in this round."""
+        if self.planner and self.drafted:
+            self.planner.learn(*self.drafted[:2], accepted, self.drafted[2])
+
+    def _grow_dynamic(self, shape: Dynamic | Auto) -> DraftTree:
+        """Keep a beam of the most probable paths; rerank all candidates at the end (EAGLE-2).
+
+        A planner stops growing where a further level does not pay, and says how many nodes do.
+        """
         assert self.hidden is not None
         assert self.logits is not None
         b, device = self.logits.shape[0], self.logits.device
@@ -293,6 +318,8 @@ class Drafter:
         tokens, scores, parents = [token], [score], [torch.full_like(token, -1)]
         seen = torch.zeros(b, width, 0, dtype=torch.bool, device=device)
         for depth in range(1, shape.depth):
+            if self.planner and not self.planner.deeper(depth, score):
+                break
             seen = _with_itself(seen)
             positions = torch.full((b, width), depth - 1, device=device)
             hidden = self._forward(hidden, token, positions, seen, depth)
@@ -307,11 +334,15 @@ class Drafter:
             above = torch.div(place, width, rounding_mode="floor")  # [B, W]
             hidden = hidden.gather(1, above[:, :, None].expand_as(hidden))
             seen = seen.gather(1, above[:, :, None].expand_as(seen))
-        sizes = [width] + [width * width] * (shape.depth - 1)
+        sizes = [part.shape[1] for part in tokens]
         levels = torch.cat([torch.full((n,), d) for d, n in enumerate(sizes, 1)]).to(device)
         ranked = torch.cat(scores, 1) - 1e-4 * levels  # a child stays strictly below its parent
-        tree = select_nodes(torch.cat(tokens, 1), torch.cat(parents, 1), ranked, shape.nodes)
-        return DraftTree(tree.tokens, tree.parents, _depths(tree.parents, shape.depth))
+        nodes = self.planner.nodes(ranked, levels) if self.planner else shape.nodes
+        tree = select_nodes(torch.cat(tokens, 1), torch.cat(parents, 1), ranked, nodes)
+        if self.planner:
+            values, chosen = ranked.topk(nodes, dim=1)
+            self.drafted = (values, levels[chosen], len(sizes))
+        return DraftTree(tree.tokens, tree.parents, _depths(tree.parents, len(sizes)))
 
     def _top(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and target ids of the `width` best: `[..., Vd]` -> `[..., W]` each."""

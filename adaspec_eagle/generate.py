@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from adaspec_eagle.attention import tree_mask
-from adaspec_eagle.draft import Drafter, Shape, parse_shape
+from adaspec_eagle.auto import Planner, costs_of
+from adaspec_eagle.draft import Auto, Drafter, Shape, parse_shape
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.packed import packing
@@ -124,16 +125,18 @@ def generate(
     stop_strings: Sequence[str] = (),
     seed: int = 0,
     row_keys: Sequence[int] | None = None,
+    watch: Callable[[int, list[int], int], None] | None = None,
     ignore_eos: bool = False,
     allow_other_target: bool = False,
 ) -> Generation:
     """Generate with a draft head; the output is the target's own (README: lossless).
 
     input_ids `[B, T]` with padding on either side, attention_mask `[B, T]` (1 = token). head None:
-    plain decoding by the same loop. tree: "dynamic", "static", "chain", "chain:K", "sampled:K" or a
+    plain decoding by the same loop. tree: "auto", "dynamic", "static", "chain:K", "sampled:K" or a
     shape of `draft.py`. temperature 0 takes the most probable token; above it, top_k, top_p and
     min_p cut as in transformers. The token drawn at a place depends on (seed, row key, position)
     alone, not on the tree or the batch; row_keys: one for each row, their numbers unless given.
+    watch: is called as tokens come, with (row, new tokens, how many of them were drafted).
     Raises UserError for a head that does not fit the target, for prompts that leave no room in the
     context and for values out of range.
     """
@@ -164,7 +167,7 @@ def generate(
         sample=temperature > 0,
         seed=seed,
     )
-    answers = Answers(max_new_tokens, frozenset(end_ids), [[] for _ in rows])
+    answers = Answers(max_new_tokens, frozenset(end_ids), [[] for _ in rows], watch=watch)
     if stop_strings:
         criterion = StopStringCriteria(target.tokenizer, list(stop_strings))
         answers.stops = lambda row, answer: bool(
@@ -221,6 +224,7 @@ def decode(
             if running[b]:
                 taken = answers.extend(live[b], tokens)
                 answers.count_round(taken, len(tokens) - 1, run.depths[b], run.nodes)
+                answers.stats.undrafted += head is not None and run.nodes == 0
     stats = answers.stats
     stats.seconds = clock.seconds
     stats.seconds["rest"] = clock.now() - begin - sum(clock.seconds.values())
@@ -274,7 +278,11 @@ class _Run:
             assert out.features is not None
             following = torch.roll(tokens, -1, dims=1)
             following.scatter_(1, lengths[:, None] - 1, self.last[:, None])
-            self.drafter = Drafter(self.head, self.shape, min(room, FIRST_CAPACITY))
+            planner = None
+            if isinstance(self.shape, Auto):
+                costs = costs_of(target, self.head, len(rows), self.shape.width)
+                planner = Planner(costs, len(rows), self.shape.nodes)
+            self.drafter = Drafter(self.head, self.shape, min(room, FIRST_CAPACITY), planner)
             self.drafter.prefill(out.features, following, lengths)
         first = self.last.tolist()
         for b, token in enumerate(first):
@@ -304,6 +312,10 @@ class _Run:
         gained = [count if go else 0 for count, go in zip(counts, running, strict=True)]
         self.lengths = [old + new for old, new in zip(self.lengths, gained, strict=True)]
         moved = torch.tensor(gained, device=tokens.device)
+        if self.drafter and self.drafter.planner:
+            self.drafter.learn([count - 1 for count in counts])
+            if not self.drafter.planner.pays():
+                self.drafter, self.layers = None, ()
         self._commit(verdict.path, tokens, moved, max(counts), features)
         self.last = torch.where(moved > 0, verdict.bonus, self.last)
         new = [row[3 : 3 + count] for row, count in zip(host, counts, strict=True)]

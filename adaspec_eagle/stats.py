@@ -22,6 +22,7 @@ class AcceptanceStats:
     tokens      tokens emitted after the first one, trimmed at the end token
     new_tokens  all emitted tokens, trimmed, the first one (which prefill gives) included
     nodes       draft nodes verified, summed over pairs
+    undrafted   pairs decoded plainly, with a head at hand that did not pay (trees "auto")
     seconds     wall seconds by part: prefill, draft, verify, rest
     """
 
@@ -32,6 +33,7 @@ class AcceptanceStats:
     new_tokens: int = 0
     nodes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    undrafted: int = 0
 
     @property
     def tau(self) -> float:
@@ -106,6 +108,7 @@ class AcceptanceStats:
             tokens=self.tokens + other.tokens,
             new_tokens=self.new_tokens + other.new_tokens,
             nodes=self.nodes + other.nodes,
+            undrafted=self.undrafted + other.undrafted,
             seconds={p: self.seconds.get(p, 0.0) + other.seconds.get(p, 0.0) for p in parts},
         )
 
@@ -116,7 +119,7 @@ class AcceptanceStats:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AcceptanceStats:
         """Counts from `to_dict`; other keys of `data` are left alone."""
-        return cls(**{f.name: data[f.name] for f in fields(cls)})
+        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
 
 
 def _add(left: list[int], right: list[int]) -> list[int]:

@@ -12,7 +12,7 @@ from adaspec_eagle.draft import Drafter, Dynamic, chain
 from adaspec_eagle.head import DraftHead, HeadConfig
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_head, tiny_target
 
-TREES = ["chain:3", "static", Dynamic(nodes=12, depth=4, width=4)]
+TREES = ["chain:3", "static", "auto", Dynamic(nodes=12, depth=4, width=4)]
 
 
 def prompts(rows: int) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def reference(target, ids, mask, new=24):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("tree", TREES, ids=["chain", "static", "dynamic"])
+@pytest.mark.parametrize("tree", TREES, ids=["chain", "static", "auto", "dynamic"])
 @pytest.mark.parametrize("name", ["eagle1", "eagle3"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_output_equals_the_targets_own(arch, name, tree, rows):
@@ -114,7 +114,7 @@ def test_a_draft_that_is_right_to_a_known_depth_is_accepted_to_that_depth(depth)
     assert torch.equal(found.sequences, plain.sequences)
 
 
-@pytest.mark.parametrize("tree", TREES, ids=["chain", "static", "dynamic"])
+@pytest.mark.parametrize("tree", TREES, ids=["chain", "static", "auto", "dynamic"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_accepted_nodes_are_committed_in_ragged_rows(arch, tree):
     """Rows accept unequal numbers and end at unequal times; every row is what it is alone."""

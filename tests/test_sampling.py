@@ -21,7 +21,12 @@ from adaspec_eagle.verify import emitted
 from tests.test_lossless import prompts
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_head, tiny_target
 
-TREES = {"chain": "chain:3", "static": "static", "dynamic": Dynamic(nodes=12, depth=4, width=4)}
+TREES = {
+    "chain": "chain:3",
+    "auto": "auto",
+    "static": "static",
+    "dynamic": Dynamic(nodes=12, depth=4, width=4),
+}
 CUTS = {
     "temperature": {"temperature": 0.8},
     "top_k": {"temperature": 1.0, "top_k": 20},

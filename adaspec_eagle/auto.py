@@ -1,0 +1,235 @@
+"""Trees that pay for themselves: how deep to draft and how many nodes to verify.
+
+What the target and the head cost is measured once for each device, dtype and model. From these
+seconds and the head's probabilities, corrected by what was accepted so far, a round is shaped so
+that expected tokens per second is greatest, not the acceptance length. The greatest ratio tokens /
+seconds is found as Dinkelbach does: with `rate` the tokens per second reached so far, a level or a
+node is worth having if the tokens it is expected to add exceed rate x the seconds that it takes.
+
+Legend: B rows, M candidates.
+"""
+
+import hashlib
+import json
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from adaspec_eagle.attention import tree_mask
+from adaspec_eagle.cache import TreeCache
+from adaspec_eagle.head import DraftHead
+from adaspec_eagle.packed import packing
+from adaspec_eagle.paths import default_cache_dir
+from adaspec_eagle.record import write_json
+from adaspec_eagle.targets import Target
+
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # tokens of a target forward that are timed
+HISTORY = 256  # tokens of history while timing
+REPEATS = 7  # the median counts
+PRIOR = 8.0  # rounds that the first guesses are worth
+GUESS = 0.5  # acceptance of one more level, before any has been seen
+PATIENCE = 24  # rounds before drafting may be given up
+FORGET = 0.97  # weight of a round's figures one round later
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Median seconds of a forward, by how much it takes in."""
+
+    sizes: list[int]
+    target: list[float]  # of the target with sizes[i] new tokens a row, output layer included
+    draft: float  # of one level of drafting
+
+    def of_target(self, tokens: float) -> float:
+        """Seconds of a target forward with so many new tokens, between what was measured."""
+        spot = min(max(bisect_left(self.sizes, tokens), 1), len(self.sizes) - 1)
+        (a, b), (x, y) = self.sizes[spot - 1 : spot + 1], self.target[spot - 1 : spot + 1]
+        return max(x + (y - x) * (tokens - a) / (b - a), 1e-9)
+
+
+@torch.no_grad()
+def measure_costs(target: Target, head: DraftHead, rows: int, width: int) -> Costs:
+    """Time both on this machine; a second or two. `head` is bound; `width` nodes a level."""
+    layers = head.config.feature_layers
+    times = [_time_target(target, layers, rows, size) for size in SIZES]
+    times = [max(times[: i + 1]) for i in range(len(times))]  # noise must not make more cheaper
+    return Costs(list(SIZES), times, _time_draft(head, rows, width))
+
+
+def _time_target(target: Target, layers: list[int], rows: int, size: int) -> float:
+    cache = target.new_cache(HISTORY + size)
+    tokens = torch.zeros(rows, size, dtype=torch.long, device=target.device)
+    shape = (rows, *_key_shape(target), 1, _head_size(target))
+    keys = torch.zeros(shape, dtype=target.dtype, device=target.device)
+    history = keys.expand(-1, -1, HISTORY, -1)
+    for layer in range(target.num_layers):
+        cache.update(history, history, layer)
+    lengths = torch.full((rows,), HISTORY, device=target.device)
+    cache.commit_prefix(lengths, HISTORY)
+    mask = _chain_mask(cache, rows, size, target.dtype)
+    positions = HISTORY + torch.arange(size, device=target.device).expand_as(tokens)
+
+    def forward() -> None:
+        with packing(target.model).active():
+            target.forward(tokens, positions, mask, cache, layers)
+        cache.rollback()
+
+    return _median(forward, target.device)
+
+
+def _time_draft(head: DraftHead, rows: int, width: int) -> float:
+    weight = head.embed_rows
+    cache = TreeCache(head.cached_layers, HISTORY + width)
+    config = head.config
+    keys = weight.new_zeros(rows, config.num_key_value_heads, HISTORY, config.head_dim)
+    for layer in range(head.cached_layers):
+        cache.update(keys, keys, layer)
+    cache.commit_prefix(torch.full((rows,), HISTORY, device=weight.device), HISTORY)
+    mask = _chain_mask(cache, rows, width, weight.dtype)
+    hidden = weight.new_zeros(rows, width, config.hidden_size)
+    tokens = torch.zeros(rows, width, dtype=torch.long, device=weight.device)
+    positions = torch.full_like(tokens, HISTORY)
+
+    def level() -> None:
+        with packing(head).active():
+            out = head.logits(head(hidden, tokens, positions, mask, cache, 1))
+        out.float().topk(min(width, out.shape[-1]), dim=-1)
+        cache.rollback()
+
+    return _median(level, weight.device)
+
+
+def _chain_mask(cache: TreeCache, rows: int, size: int, dtype: torch.dtype) -> Tensor:
+    assert cache.lengths is not None
+    causal = torch.ones(size, size, dtype=torch.bool, device=cache.lengths.device).tril()
+    return tree_mask(cache.lengths, cache.start, causal.expand(rows, -1, -1), dtype)
+
+
+def _key_shape(target: Target) -> tuple[int]:
+    config = target.config
+    return (getattr(config, "num_key_value_heads", None) or config.num_attention_heads,)
+
+
+def _head_size(target: Target) -> int:
+    config = target.config
+    return getattr(config, "head_dim", None) or target.hidden_size // config.num_attention_heads
+
+
+def _median(call: Callable[[], None], device: torch.device) -> float:
+    def once() -> float:
+        begin = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    once()
+    return sorted(once() for _ in range(REPEATS))[REPEATS // 2]
+
+
+_KNOWN: dict[str, Costs] = {}
+
+
+def costs_of(target: Target, head: DraftHead, rows: int, width: int) -> Costs:
+    """The costs from this process, from the user's cache, or measured now and kept there."""
+    device = target.device
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts = {
+        "device": place,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "target": target.fingerprint,
+        "dtype": str(target.dtype),
+        "head": asdict(head.config) | {"target": ""},
+        "rows": rows,
+        "width": width,
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    path = default_cache_dir() / "costs" / f"{key}.json"
+    if key not in _KNOWN:
+        try:
+            _KNOWN[key] = Costs(**json.loads(path.read_text())["costs"])
+        except (OSError, ValueError, KeyError, TypeError):
+            _KNOWN[key] = measure_costs(target, head, rows, width)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"facts": facts, "costs": asdict(_KNOWN[key])})
+    return _KNOWN[key]
+
+
+@dataclass
+class Planner:
+    """Decides for one decode, round by round, what is worth drafting and verifying."""
+
+    costs: Costs
+    rows: int
+    most_nodes: int
+    tokens: float = 0.0  # emitted and seconds modelled in the rounds so far, the last weigh most
+    seconds: float = 0.0
+    rounds: int = 0
+    promised: list[float] = field(default_factory=list)  # by depth: what the head said would pass
+    kept: list[float] = field(default_factory=list)  # by depth: what passed
+
+    def __post_init__(self) -> None:
+        self.seconds = PRIOR * self.costs.of_target(1)
+        self.tokens = PRIOR * self.rows * 1.5
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second, all rows together."""
+        return self.tokens / self.seconds
+
+    @property
+    def plain_rate(self) -> float:
+        """Tokens a second without a draft."""
+        return self.rows / self.costs.of_target(1)
+
+    def trust(self, depth: int) -> float:
+        """Accepted / promised at a depth so far: what the head's probabilities are worth."""
+        if depth > len(self.kept):
+            return 1.0
+        prior = PRIOR * self.rows * GUESS**depth
+        return (self.kept[depth - 1] + prior) / (self.promised[depth - 1] + prior)
+
+    def deeper(self, depth: int, beam: Tensor) -> bool:
+        """Whether a level below the beam at `depth` is worth drafting; beam `[B, W]`: log p."""
+        reach = float(beam.exp().sum()) * self.trust(depth)  # rows that get that far
+        asked = self.kept[depth - 1 : depth + 1]
+        passes = GUESS
+        if len(asked) == 2:
+            passes = (asked[1] + GUESS * PRIOR) / (asked[0] + PRIOR)
+        node = self.costs.of_target(3) - self.costs.of_target(2)
+        return reach * min(passes, 1.0) > self.rate * (self.costs.draft + node)
+
+    def nodes(self, scores: Tensor, depths: Tensor) -> int:
+        """How many of the candidates to verify: scores `[B, M]` (log p), depths `[M]`."""
+        trust = [self.trust(d) for d in range(1, int(depths.max()) + 1)]
+        worth = torch.tensor([0.0, *trust], device=scores.device)[depths]
+        chances = (scores.exp() * worth).sort(1, descending=True).values.sum(0)  # [M]
+        gains = chances.cumsum(0)[: self.most_nodes].tolist()
+        value = [g - self.rate * self.costs.of_target(n + 2) for n, g in enumerate(gains)]
+        return value.index(max(value)) + 1
+
+    def learn(self, tree_scores: Tensor, depths: Tensor, accepted: list[int], levels: int) -> None:
+        """Take in a round: scores and depths of the drafted nodes `[B, N]`, accepted tokens."""
+        promised = torch.zeros(int(depths.max()) + 1, device=depths.device)
+        promised.scatter_add_(0, depths.flatten(), tree_scores.exp().flatten())
+        for depth, value in enumerate(promised.tolist()[1:], 1):
+            if len(self.kept) < depth:
+                self.kept.append(0.0)
+                self.promised.append(0.0)
+            passed = sum(count >= depth for count in accepted)
+            self.kept[depth - 1] = FORGET * self.kept[depth - 1] + passed
+            self.promised[depth - 1] = FORGET * self.promised[depth - 1] + value
+        spent = (levels + 1) * self.costs.draft  # one more to take in what was accepted
+        spent += self.costs.of_target(depths.shape[1] + 1)
+        self.rounds += 1
+        self.tokens = FORGET * self.tokens + sum(accepted) + len(accepted)
+        self.seconds = FORGET * self.seconds + spent
+
+    def pays(self) -> bool:
+        """Whether drafting is worth its time, as far as is known; never no at the beginning."""
+        return self.rounds < PATIENCE or self.rate > self.plain_rate

@@ -1,0 +1,100 @@
+"""A conversation in the terminal that streams its answers and shows what was drafted."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from adaspec_eagle.draft import Shape
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.generate import generate
+from adaspec_eagle.head import DraftHead
+from adaspec_eagle.stats import AcceptanceStats
+from adaspec_eagle.targets import Target
+
+DRAFTED = "green"
+TRIAL = 16  # tokens decoded without a draft, once, to have a speed to compare with
+
+
+@dataclass
+class Chat:
+    """One conversation; `options` go to `generate`. head None: without a draft."""
+
+    target: Target
+    head: DraftHead | None
+    tree: str | Shape
+    console: Console
+    options: dict[str, Any] = field(default_factory=dict)
+    messages: list[dict[str, str]] = field(default_factory=list)
+    stats: AcceptanceStats = field(default_factory=AcceptanceStats)
+    plain_speed: float = 0.0  # tokens/s without a draft
+
+    def run(self, lines: Iterable[str]) -> None:
+        """Answer line after line; empty ones are passed over. Ctrl-C stops an answer only."""
+        for line in lines:
+            if line.strip():
+                try:
+                    self.answer(line.strip())
+                except UserError as error:  # such as a conversation that fills the context
+                    self.console.print(f"error: {error}", style="red", markup=False)
+
+    def answer(self, question: str) -> None:
+        """Stream the answer to one question, then a line of figures."""
+        self.messages.append({"role": "user", "content": question})
+        prompt = torch.tensor([self.target.chat_ids(self.messages)], device=self.target.device)
+        printer = Printer(self.target, self.console)
+        try:
+            if self.head is not None and not self.plain_speed:
+                self.plain_speed = _speed(self._generate(prompt, None, max_new_tokens=TRIAL).stats)
+            begin = time.perf_counter()
+            made = self._generate(prompt, self.head, watch=printer.watch)
+            self._report(made.stats, time.perf_counter() - begin)
+        except KeyboardInterrupt:
+            self.console.print("\n[stopped]", style="dim", markup=False)
+        except UserError:
+            self.messages.pop()  # the question that could not be asked
+            raise
+        self.messages.append({"role": "assistant", "content": printer.text})
+
+    def _generate(self, prompt: torch.Tensor, head: DraftHead | None, **more: Any):
+        return generate(self.target, head, prompt, tree=self.tree, **(self.options | more))
+
+    def _report(self, stats: AcceptanceStats, wall: float) -> None:
+        self.stats += stats
+        figures = [f"{stats.new_tokens} tokens", f"{stats.new_tokens / wall:.1f} tokens/s"]
+        if self.head is not None:
+            speedup = _speed(self.stats) / self.plain_speed if self.plain_speed else 0.0
+            figures = [f"tau {stats.tau:.2f}", *figures, f"so far tau {self.stats.tau:.2f}"]
+            figures.append(f"{speedup:.2f} times the decoding speed without a draft")
+        self.console.print("\n" + ", ".join(figures), style="dim", highlight=False)
+
+
+@dataclass
+class Printer:
+    """Prints an answer as its tokens come, drafted ones in colour."""
+
+    target: Target
+    console: Console
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+
+    def watch(self, row: int, tokens: list[int], drafted: int) -> None:
+        """Take in the tokens of one round; what is no whole character yet waits."""
+        for place, token in enumerate(tokens):
+            self.ids.append(token)
+            whole = self.target.tokenizer.decode(self.ids, skip_special_tokens=True)
+            if whole.endswith("\ufffd"):
+                continue
+            style = DRAFTED if place < drafted else ""
+            self.console.print(Text(whole[len(self.text) :], style), end="", soft_wrap=True)
+            self.text = whole
+
+
+def _speed(stats: AcceptanceStats) -> float:
+    """Tokens a second behind the first one, prefill left out."""
+    seconds = sum(stats.seconds.values()) - stats.seconds.get("prefill", 0.0)
+    return stats.tokens / seconds if seconds else 0.0

@@ -1,0 +1,173 @@
+"""The plug for model.generate: its output, its stopping, what it refuses, what it leaves behind."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from adaspec_eagle import speculative
+from adaspec_eagle.errors import UserError
+from tests.test_sampling import batch
+from tests.tiny import ARCHITECTURES, tiny_head, tiny_model, tiny_target
+
+
+def setting(arch: str = "llama"):
+    """(a model as transformers has it, a head for it)."""
+    return tiny_model(arch), tiny_head(tiny_target(arch))
+
+
+@pytest.mark.parametrize("tree", ["auto", "dynamic", "chain:3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_greedy_output_is_that_of_generate(arch, tree):
+    model, head = setting(arch)
+    ids, mask = batch(3)
+    more = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    plug = speculative(head, tree)
+    found = model.generate(ids, custom_generate=plug, **more)
+    assert torch.equal(found, model.generate(ids, **more))
+    assert plug.stats.rounds > 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"repetition_penalty": 1.6},
+        {"min_new_tokens": 15},
+        {"max_length": 17},
+        {"eos_token_id": [2, 30, 40, 50]},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_the_generation_config_is_heeded(more):
+    model, head = setting()
+    ids, mask = batch(3)
+    more = {"attention_mask": mask, "do_sample": False} | more
+    if "max_length" not in more:
+        more["max_new_tokens"] = 20
+    found = model.generate(ids, custom_generate=speculative(head), **more)
+    assert torch.equal(found, model.generate(ids, **more))
+
+
+class AfterThree(StoppingCriteria):
+    """Stops a row behind its third even token."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids[:, 9:] % 2 == 0).sum(1) >= 3
+
+
+def test_stopping_criteria_are_heeded():
+    model, head = setting()
+    ids, mask = batch(3)
+    more = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 20}
+    more["stopping_criteria"] = StoppingCriteriaList([AfterThree()])
+    found = model.generate(ids, custom_generate=speculative(head), **more)
+    assert torch.equal(found, model.generate(ids, **more))
+
+
+def test_sampled_output_repeats_with_torchs_seed():
+    model, head = setting()
+    ids, mask = batch(2)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        return model.generate(
+            ids, attention_mask=mask, custom_generate=speculative(head), do_sample=True,
+            temperature=0.9, top_k=30, top_p=0.9, max_new_tokens=16, num_return_sequences=2,
+        )  # fmt: skip
+
+    first = run(1)
+    assert first.shape[0] == 4
+    assert torch.equal(first, run(1))
+    assert not torch.equal(first[0], first[1])
+    other = run(2)
+    assert first.shape != other.shape or not torch.equal(first, other)
+
+
+def test_a_dictionary_is_given_where_it_is_asked_for():
+    model, head = setting()
+    ids, mask = batch(1)
+    more = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6}
+    found = model.generate(
+        ids, custom_generate=speculative(head), return_dict_in_generate=True, **more
+    )
+    assert torch.equal(found.sequences, model.generate(ids, **more))
+
+
+class Words:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], 0
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
+def test_a_streamer_gets_the_prompt_and_every_token_and_the_end():
+    model, head = setting()
+    ids, mask = batch(1)
+    words = Words()
+    found = model.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=12,
+        custom_generate=speculative(head, streamer=words),
+    )  # fmt: skip
+    assert words.tokens == found[0].tolist()
+    assert words.ended == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_beams": 3},
+        {"prompt_lookup_num_tokens": 3},
+        {"output_scores": True},
+        {"no_repeat_ngram_size": 2},
+        {"past_key_values": "filled"},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_what_is_not_supported_is_refused_by_name(more):
+    model, head = setting()
+    ids, mask = batch(1)
+    if "past_key_values" in more:
+        more = {"past_key_values": model(ids[:, :5], use_cache=True).past_key_values}
+    named = "NoRepeatNGram" if "no_repeat_ngram_size" in more else next(iter(more))
+    with pytest.raises(UserError, match=named):
+        model.generate(
+            ids, attention_mask=mask, custom_generate=speculative(head), max_new_tokens=4, **more
+        )
+
+
+def test_a_head_of_another_model_is_refused():
+    with pytest.raises(UserError, match="trained for"):
+        tiny_model("qwen3").generate(
+            batch(1)[0], custom_generate=speculative(setting("llama")[1]), max_new_tokens=4
+        )
+
+
+def test_the_model_is_left_as_it_was():
+    model, head = setting()
+    model.train()
+    before = set(vars(model)), model.config._attn_implementation
+    ids, mask = batch(1)
+    model.generate(ids, attention_mask=mask, custom_generate=speculative(head), max_new_tokens=4)
+    assert (set(vars(model)), model.config._attn_implementation) == before
+    assert model.training
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_nothing_keeps_the_model_alive_but_the_plug():
+    model, head = setting()
+    ids, mask = batch(1)
+    plug = speculative(head)
+    model.generate(ids, attention_mask=mask, custom_generate=plug, max_new_tokens=4)
+    seen = weakref.ref(model)
+    del model, plug
+    head.embed_rows = torch.empty(0)  # the rows it borrows, not the model
+    gc.collect()
+    assert seen() is None
