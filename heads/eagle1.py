@@ -24,7 +24,7 @@ class Head(DraftHead):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)
         layer = config.layer_config()
-        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList([LlamaDecoderLayer(layer, layer_idx=0)])
         self.layers[0].input_layernorm = nn.Identity()
         self.rotary = LlamaRotaryEmbedding(layer)
