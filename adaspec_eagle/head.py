@@ -19,10 +19,18 @@ from torch.nn import functional
 from transformers import Cache, LlamaConfig
 
 from adaspec_eagle.attention import GROUPED, Unrolled, register
+from adaspec_eagle.card import model_card, publishable, target_licence
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.formats import from_layout, is_ours
 from adaspec_eagle.paths import replace_folder
-from adaspec_eagle.storage import local_folder, read_json, read_weights, weights_file
+from adaspec_eagle.storage import (
+    check_push,
+    local_folder,
+    push_folder,
+    read_json,
+    read_weights,
+    weights_file,
+)
 from adaspec_eagle.targets import Target
 
 
@@ -218,8 +226,40 @@ class DraftHead(nn.Module):
         self.bound_to = wanted
         return self
 
-    def save(self, folder: str | Path, notes: dict[str, Any] | None = None) -> None:
-        """Write config.json, model.safetensors and, with notes, train.json; all or nothing."""
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, target: Target | None = None, allow_other_target: bool = False
+    ) -> "DraftHead":
+        """The head of a folder or hub id: `load_head`."""
+        return load_head(name, target, allow_other_target)
+
+    def save_pretrained(
+        self, folder: str | Path, notes: dict[str, Any] | None = None, licence: str | None = None
+    ) -> None:
+        """`save`, with a card; licence: of the target, None to look it up."""
+        licence = licence or target_licence(self.config.target)
+        self.save(folder, notes, model_card(asdict(self.config), notes, licence))
+
+    def push_to_hub(
+        self, repo: str, notes: dict[str, Any] | None = None, licence: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes to OWNER/NAME; returns the address.
+
+        Raises UserError for a bad id, without a login, or where the target's licence is not known.
+        """
+        licence = publishable(self.config.target, licence)
+        check_push(repo)
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_pretrained(Path(scratch) / "head", notes, licence)
+            return push_folder(Path(scratch) / "head", repo)
+
+    def save(
+        self, folder: str | Path, notes: dict[str, Any] | None = None, card: str | None = None
+    ) -> None:
+        """Write config.json, model.safetensors and, if given, train.json (notes) and README.md.
+
+        All or nothing.
+        """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
@@ -231,6 +271,8 @@ class DraftHead(nn.Module):
             (made / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
             if notes is not None:
                 (made / "train.json").write_text(json.dumps(notes, indent=1) + "\n")
+            if card is not None:
+                (made / "README.md").write_text(card)
             replace_folder(made, folder)
 
 

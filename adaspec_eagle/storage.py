@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,6 +16,7 @@ from torch import Tensor
 from adaspec_eagle.errors import UserError
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in this order
+HUB_ERRORS = (HTTPError, OSError, ValueError)  # no network, no such repository, no permission
 PATTERNS = ["*.json", "*.pt", "*.md", *WEIGHTS]  # what is fetched of a repository
 
 
@@ -31,7 +32,7 @@ def local_folder(name: str | Path) -> Path:
         raise UserError(f"no head in {name}: the folder does not exist (a hub id is OWNER/NAME)")
     try:
         return Path(snapshot_download(str(name), allow_patterns=PATTERNS))
-    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
+    except HUB_ERRORS as error:
         raise UserError(
             f"no head {name!r}: there is no such folder, and as a hub id it cannot be fetched: "
             f"{_first_line(error)}"
@@ -85,15 +86,17 @@ def read_pickled(path: Path) -> Any:
         ) from error
 
 
-def check_push(repo: str) -> None:
-    """Raise UserError if nothing could be pushed to that repository: bad id, or not logged in."""
+def check_push(repo: str, log_in: bool = True) -> None:
+    """Raise UserError if nothing could be pushed there: a bad id or, with `log_in`, no token."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UserError(f"{repo!r} is no hub id (OWNER/NAME): {_first_line(error)}") from error
+    if not log_in:
+        return
     try:
         HfApi().whoami()
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except HUB_ERRORS as error:
         raise UserError(f"cannot push to {repo}: {_first_line(error)}; `hf auth login`") from error
 
 
@@ -103,7 +106,7 @@ def push_folder(folder: Path, repo: str) -> str:
         api = HfApi()
         address = api.create_repo(repo, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Add draft head")
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except HUB_ERRORS as error:
         raise UserError(
             f"cannot push to {repo}: {_first_line(error)}; the files are whole in {folder}"
         ) from error

@@ -20,11 +20,12 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"attention", "cache", "default_target", "tree", "losses", "selection", "record"},
     {"targets", "verify", "storage"},
     {"formats"},
+    {"card"},
     {"head", "data", "features", "hub", "apart"},
     {"draft", "unroll"},
     {"generate"},
     {"distill", "selfdata", "asks", "estimate"},
-    {"answers", "bench", "callbacks", "plots", "prepare"},
+    {"answers", "bench", "export", "callbacks", "plots", "prepare"},
     {"train", "measure"},
     {"figures", "rescore"},
 ]
