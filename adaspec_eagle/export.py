@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from adaspec_eagle.card import model_card, publishable, target_licence
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.formats import OURS, TOKEN_MAP, from_layout, is_ours, to_layout
+from adaspec_eagle.formats import OURS, TOKEN_MAP, detect, from_layout, is_ours, to_layout
 from adaspec_eagle.head import HeadConfig, build_head, check_target, load_head
 from adaspec_eagle.paths import replace_folder
 from adaspec_eagle.record import sha256
@@ -39,10 +39,10 @@ def export_head(
     """
     check_free(out)
     folder = local_folder(name)
-    if not is_ours(read_json(folder / "config.json")):
-        raise UserError(
-            f"{folder} is not in this package's layout: import it first (--from FORMAT)"
-        )
+    config = read_json(folder / "config.json")
+    if not is_ours(config):
+        found, _ = detect(folder, config, read_weights(folder))
+        raise UserError(f"{folder} is in layout {found!r}: import it first (--from {found})")
     head = load_head(folder)
     if where:
         licence = publishable(head.config.target, licence)
