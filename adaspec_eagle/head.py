@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from adaspec_eagle.attention import GROUPED, Unrolled, register
 from adaspec_eagle.card import model_card, publishable, target_licence
@@ -101,6 +102,21 @@ class HeadConfig:
         )
         config._attn_implementation = GROUPED
         return config
+
+
+class Rotary(LlamaRotaryEmbedding):
+    """Rotary embedding whose frequencies stay in float32 when a head is cast, as transformers' do.
+
+    Rounded to bfloat16 they are off by up to 0.4 %: a quarter of a radian at a distance of 200.
+    """
+
+    inv_freq: Tensor
+
+    def _apply(self, fn, recurse=True):
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        self.inv_freq = exact.to(self.inv_freq.device)
+        return self
 
 
 class DraftHead(nn.Module):

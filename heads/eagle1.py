@@ -8,9 +8,9 @@ follows it but the target's output layer.
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from adaspec_eagle.head import DraftHead, HeadConfig, Unrolled
+from adaspec_eagle.head import DraftHead, HeadConfig, Rotary, Unrolled
 
 
 class Head(DraftHead):
@@ -27,7 +27,7 @@ class Head(DraftHead):
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList([LlamaDecoderLayer(layer, layer_idx=0)])
         self.layers[0].input_layernorm = nn.Identity()
-        self.rotary = LlamaRotaryEmbedding(layer)
+        self.rotary = Rotary(layer)
 
     @staticmethod
     def feature_layers(num_layers: int) -> list[int]:

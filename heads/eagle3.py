@@ -7,14 +7,9 @@ Test", arXiv 2503.01840. Tensor names are those of the published heads.
 import torch
 from torch import Tensor, nn
 from transformers import Cache, LlamaConfig
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
-from adaspec_eagle.head import DraftHead, HeadConfig, Unrolled
+from adaspec_eagle.head import DraftHead, HeadConfig, Rotary, Unrolled
 
 
 class WideLayer(nn.Module):
@@ -52,7 +47,7 @@ class Head(DraftHead):
         self.fc = nn.Linear(inputs, config.hidden_size, bias=config.fc_bias)
         self.midlayer = WideLayer(layer, config.norm_before_residual)
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = LlamaRotaryEmbedding(layer)
+        self.rotary = Rotary(layer)
 
     @staticmethod
     def feature_layers(num_layers: int) -> list[int]:
