@@ -110,12 +110,10 @@ class Rotary(LlamaRotaryEmbedding):
     Rounded to bfloat16 they are off by up to 0.4 %: a quarter of a radian at a distance of 200.
     """
 
-    inv_freq: Tensor
-
     def _apply(self, fn, recurse=True):
         exact = self.inv_freq
         super()._apply(fn, recurse)
-        self.inv_freq = exact.to(self.inv_freq.device)
+        self.register_buffer("inv_freq", exact.to(self.inv_freq.device), persistent=False)
         return self
 
 
