@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 from adaspec_eagle.card import model_card, publishable, target_licence
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.formats import OURS, TOKEN_MAP, detect, from_layout, is_ours, to_layout
+from adaspec_eagle.formats import OURS, TOKEN_MAP, to_layout
 from adaspec_eagle.head import HeadConfig, build_head, check_target, load_head
 from adaspec_eagle.paths import replace_folder
+from adaspec_eagle.published import detect, from_layout, is_ours
 from adaspec_eagle.record import sha256
 from adaspec_eagle.storage import local_folder, read_json, read_weights, weights_file
 from adaspec_eagle.targets import Target
@@ -32,10 +33,11 @@ def export_head(
 ) -> Path:
     """Write the head of a folder (or hub id) to the new folder `out` as another engine reads it.
 
-    target: None for the one that the head names. For the card: licence of the target, None to look
-    it up; result, a result.json of eval/speedup.py; where, the hub id that it will have. Raises
-    UserError, before anything is written, for what the engine cannot run, for a head or a target
-    that cannot be loaded or do not fit, and for an `out` that is taken.
+    target: the same weights by the name that readers shall use, None for the one that the head
+    names. For the card: licence of the target, None to look it up; result, a result.json of
+    eval/speedup.py; where, the hub id that it will have. Raises UserError, before anything is
+    written, for what the engine cannot run, for a head or a target that cannot be loaded or do not
+    fit, and for an `out` that is taken.
     """
     check_free(out)
     folder = local_folder(name)
@@ -44,18 +46,18 @@ def export_head(
         found, _ = detect(folder, config, read_weights(folder))
         raise UserError(f"{folder} is in layout {found!r}: import it first (--from {found})")
     head = load_head(folder)
+    fields, notes = asdict(head.config), folder / "train.json"
+    fields["target"] = target or head.config.target
     if where:
-        licence = publishable(head.config.target, licence)
+        licence = publishable(fields["target"], licence)
     measured = read_result(result, folder) if result else None
-    loaded = Target.load(target or head.config.target, dtype=next(head.parameters()).dtype)
+    loaded = Target.load(fields["target"], dtype=next(head.parameters()).dtype)
     check_target(head.config, loaded)
-    fields, state = asdict(head.config), head.state_dict()
-    layout = to_layout(to, fields, state, loaded)
-    notes = folder / "train.json"
+    layout = to_layout(to, fields, head.state_dict(), loaded)
     card = model_card(
         fields,
         read_json(notes) if notes.is_file() else None,
-        licence or target_licence(head.config.target),
+        licence or target_licence(fields["target"]),
         to,
         where or str(out),
         measured,

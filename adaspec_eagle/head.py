@@ -22,8 +22,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from adaspec_eagle.attention import GROUPED, Unrolled, register
 from adaspec_eagle.card import model_card, publishable, target_licence
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.formats import from_layout, is_ours
 from adaspec_eagle.paths import replace_folder
+from adaspec_eagle.published import from_layout, is_ours
 from adaspec_eagle.storage import (
     check_push,
     local_folder,
@@ -363,7 +363,7 @@ def load_head(
 ) -> DraftHead:
     """A head from its folder or hub id, in evaluation mode; bound to the target if one is given.
 
-    Other layouts (formats.py) need the target. Raises UserError for a missing or unknown config,
+    Other layouts (published.py) need the target. Raises UserError for a missing or unknown config,
     weights that cannot be read, names or shapes that do not fit, a vocabulary map that points
     outside, or another target's head.
     """

@@ -30,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
     way.add_argument("--to", choices=FORMATS, help="write the head for this engine")
     way.add_argument("--from", dest="source", choices=FORMATS, help="read it from this layout")
     add("--out", required=True, type=Path, metavar="DIR", help="a new folder")
-    add("--target", help="alias, hub id or folder; default: the one that the head names")
+    add("--target", help="alias, hub id or folder, by which readers shall find it, too; default: "
+        "the one that the head names")  # fmt: skip
     add("--target-licence", metavar="TEXT", help="for the card; default: the target's own card's")
     add("--result", type=Path, metavar="FILE", help="result.json of eval/speedup.py, for the card")
     add("--push", metavar="REPO", help="upload the export to the hub as OWNER/NAME")

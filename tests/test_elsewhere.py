@@ -1,6 +1,5 @@
 """Long tier: the package `speculators`, which we did not write, reads and trains what we export."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -93,7 +92,7 @@ def check_elsewhere(python, target, head, folder, ids, tmp_path) -> None:
     assert seen["losses"][-1] < 0.9 * seen["losses"][0]
     trained = tmp_path / "theirs" / "trained"
     back = load_head(trained, target)
-    assert back.config == head.config
+    assert vars(back.config) | {"target": head.config.target} == vars(head.config)
     assert torch.equal(back.fc.weight, load_file(trained / "model.safetensors")["fc.weight"])
     assert not torch.equal(back.fc.weight, head.fc.weight)
     assert_equal_logits(back, features, ids, seen["after"])
@@ -129,10 +128,8 @@ def test_speculators_computes_trains_and_returns_our_head(
 def test_speculators_computes_trains_and_returns_the_shipped_head(python, tmp_path, real_target):
     """The real head, on a text; its target by the folder that the weights are in."""
     shipped = find_head(real_target, runs=Path("/nonexistent")).folder
-    folder = export_head(shipped, "speculators", tmp_path / "out")
-    config = json.loads((folder / "config.json").read_text())
-    config["speculators_config"]["verifier"]["name_or_path"] = str(default_target_folder())
-    (folder / "config.json").write_text(json.dumps(config))
+    weights = str(default_target_folder())
+    folder = export_head(shipped, "speculators", tmp_path / "out", target=weights)
     text = "The sum of two even numbers is even. Let us see why: an even number is twice another."
     ids = real_target.tokenizer(text, return_tensors="pt").input_ids
     head = load_head(shipped, real_target)

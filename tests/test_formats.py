@@ -141,6 +141,32 @@ def test_what_eagle3_heads_may_have_besides_comes_back(tmp_path, targets, to, mo
     assert torch.equal(draft_logits(back, target), draft_logits(head, target))
 
 
+def test_eagle1_heads_of_older_speculators_are_read(tmp_path, targets):
+    """speculators up to 0.3 called fc fusion_fc and the layer transformer, and saved no rows."""
+    target = targets["untied"]
+    head = make_head(target, "eagle1", None, fc_bias=True)
+    folder = exported(head, target, "eagle", tmp_path)
+    layer = json.loads((folder / "config.json").read_text())
+    config = {
+        "architectures": ["EagleSpeculator", "LlamaDecoderLayer"],
+        "speculators_model_type": "eagle",
+        "transformer_layer_architecture": "LlamaDecoderLayer",
+        "transformer_layer_config": {n: v for n, v in layer.items() if n != OURS},
+        "layernorms": False,
+        "fusion_bias": True,
+        "speculators_config": {"verifier": {"name_or_path": target.name, "architectures": []}},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    state = load_file(folder / "model.safetensors")
+    names = {n: n.replace("layers.0.", "transformer.").replace("fc.", "fusion_fc.") for n in state}
+    state = {names[n]: t for n, t in state.items()}
+    save_file(state, folder / "model.safetensors")
+    assert same_weights(load_head(folder, target), head)
+    save_file(state | {"embedding_layernorm.weight": torch.ones(H)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="embedding_layernorm"):
+        load_head(folder, target)
+
+
 def test_a_head_in_bfloat16_stays_so(tmp_path, targets):
     """The target's rows go into the head's own dtype, whatever the target is loaded in."""
     target = targets["untied"]

@@ -20,7 +20,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"attention", "cache", "default_target", "tree", "losses", "selection", "record"},
     {"targets", "verify", "storage"},
     {"formats"},
-    {"card"},
+    {"card", "published"},
     {"head", "data", "features", "hub", "apart"},
     {"draft", "unroll"},
     {"generate"},
