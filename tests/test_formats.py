@@ -358,6 +358,11 @@ def test_trap_fc_bias_is_never_left_to_a_default(tmp_path, targets):
             assert not state["fc.bias"].any()
         assert ("fc.bias" in state) == (to == "sglang")
         assert config.get("bias", False) is False  # else SGLang and vLLM bias the attention
+    folder = exported(make_head(target, "eagle3", fc_bias=True), target, "sglang", tmp_path / "3")
+    assert json.loads((folder / "config.json").read_text())["bias"] is True
+    o_proj = load_file(folder / "model.safetensors")["midlayer.self_attn.o_proj.bias"]
+    assert o_proj.shape == (H,)  # made by the same entry, and not set to zero by the engine
+    assert not o_proj.any()
     biased = make_head(target, "eagle1", None, fc_bias=True)
     with pytest.raises(UserError, match="fc has a bias"):
         exported(biased, target, "vllm", tmp_path / "biased")
