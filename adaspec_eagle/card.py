@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.formats import TOKEN_MAP, hub_id
-from adaspec_eagle.storage import HUB_ERRORS
+from adaspec_eagle.formats import hub_id
+from adaspec_eagle.storage import HUB_ERRORS, TOKEN_MAP
 from adaspec_eagle.targets import DEFAULT_TARGET
 
 Fields = dict[str, Any]

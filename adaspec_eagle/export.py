@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from adaspec_eagle.card import model_card, publishable, target_licence
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.formats import OURS, TOKEN_MAP, to_layout
+from adaspec_eagle.formats import OURS, to_layout
 from adaspec_eagle.head import HeadConfig, build_head, check_target, load_head
 from adaspec_eagle.paths import replace_folder
 from adaspec_eagle.published import detect, from_layout, is_ours
 from adaspec_eagle.record import sha256
-from adaspec_eagle.storage import local_folder, read_json, read_weights, weights_file
+from adaspec_eagle.storage import TOKEN_MAP, local_folder, read_json, read_weights, weights_file
 from adaspec_eagle.targets import Target
 
 

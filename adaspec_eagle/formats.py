@@ -32,7 +32,6 @@ from adaspec_eagle.targets import ALIASES, DEFAULT_TARGET, Target
 Fields = dict[str, Any]  # HeadConfig's
 State = dict[str, Tensor]
 
-TOKEN_MAP = "hot_token_id.pt"  # target ids [Vd]; SGLang's --speculative-token-map for EAGLE-1
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 OURS = "adaspec_eagle"  # our own entry in an exported config: which target's weights
 

@@ -19,14 +19,13 @@ from adaspec_eagle.formats import (
     LAYER_IDS,
     OURS,
     SIZES,
-    TOKEN_MAP,
     Fields,
     State,
     default_layers,
     draft_ids,
     o_bias,
 )
-from adaspec_eagle.storage import read_json, read_pickled, read_weights
+from adaspec_eagle.storage import TOKEN_MAP, read_json, read_pickled, read_weights
 from adaspec_eagle.targets import Target
 
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
@@ -192,7 +191,7 @@ def _settle_biases(state: State, kind: str) -> None:
 def _drop_embedding(folder: Path, state: State, target: Target) -> None:
     """Drop the embedding if it is the target's; raise UserError if it is not."""
     rows = state.pop("embed_tokens.weight", None)
-    if rows is not None and not _equal(rows, target.embedding):
+    if rows is not None and not _close(rows, target.embedding):
         raise UserError(
             f"{folder}: embed_tokens.weight is not the embedding of target {target.name!r}: the "
             "head is another target's, or was written with random rows"
@@ -238,7 +237,8 @@ def _own_output(folder: Path, kind: str, state: State, ids: Tensor | None, targe
     if rows is None:
         return False
     theirs = target.output_rows if ids is None else target.output_rows[ids.to(target.device)]
-    if _equal(rows, theirs):
+    same = _close if kind == "eagle1" else _equal  # EAGLE-1 has no rows of its own
+    if same(rows, theirs):
         del state["lm_head.weight"]
         return False
     if kind == "eagle1":
@@ -269,5 +269,12 @@ def _equal(rows: Tensor, theirs: Tensor) -> bool:
     """Whether they are the same rows, in the coarser of the two dtypes."""
     if rows.shape != theirs.shape:
         return False
-    coarser = min(rows.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+    coarser = max(rows.dtype, theirs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     return torch.equal(rows.to(coarser), theirs.detach().cpu().to(coarser))
+
+
+def _close(rows: Tensor, theirs: Tensor) -> bool:
+    """Whether they are the same rows but for rounding, to float16 or bfloat16 or both."""
+    if rows.shape != theirs.shape:
+        return False
+    return torch.allclose(rows.float(), theirs.detach().cpu().float(), rtol=0.01, atol=1e-6)

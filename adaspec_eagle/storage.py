@@ -17,7 +17,8 @@ from adaspec_eagle.errors import UserError
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in this order
 HUB_ERRORS = (HTTPError, OSError, ValueError)  # no network, no such repository, no permission
-PATTERNS = ["*.json", "*.pt", "*.md", *WEIGHTS]  # what is fetched of a repository
+TOKEN_MAP = "hot_token_id.pt"  # target ids [Vd]; SGLang's --speculative-token-map for EAGLE-1
+PATTERNS = ["*.json", "*.md", TOKEN_MAP, *WEIGHTS]  # what is fetched of a repository
 
 
 def local_folder(name: str | Path) -> Path:

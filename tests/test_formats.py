@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
 from adaspec_eagle import DraftHead, Target, load_head
 from adaspec_eagle.errors import UserError
@@ -16,7 +16,7 @@ from adaspec_eagle.unroll import step_masks, supervised, unroll
 from tests.tiny import tiny_head, tiny_model, tiny_target, tiny_tokenizer
 
 V, VD, H, LAYERS = 97, 40, 32, 8
-O_BIAS = {"eagle1": "layers.0.self_attn.o_proj.bias", "eagle3": "midlayer.self_attn.o_proj.bias"}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,7 @@ def test_export_and_import_lose_nothing(tmp_path, targets, to, kind, draft_vocab
         ("speculators", {"attention_bias": True}),
         ("speculators", {"norm_before_residual": True}),
         ("sglang", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("vllm", {"rope_scaling": YARN}),
         ("vllm", {"train_output": True}),
         ("eagle", {"train_output": True}),
         ("vllm", {"feature_layers": [1, 3, 7]}),
@@ -181,18 +182,14 @@ def test_a_head_in_bfloat16_stays_so(tmp_path, targets):
 
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
 def test_qwen_targets_are_exported(tmp_path, arch):
-    """Another family; Qwen3's heads are wider than their hidden size."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    sizes = {"num_hidden_layers": LAYERS, "head_dim": 16} if arch == "qwen3" else None
-    if sizes:
-        model = tiny_model("qwen3", torch.float32, **sizes)
+    """Another family; Qwen3's attention is wider than its hidden size."""
+    if arch == "qwen3":
+        model = tiny_model("qwen3", torch.float32, num_hidden_layers=LAYERS, head_dim=16)
     else:
-        made = Qwen2Config(**{n: getattr(tiny_model().config, n) for n in ("vocab_size",)},
-            hidden_size=H, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
+        sizes = {"vocab_size": V, "hidden_size": H, "intermediate_size": 48}
+        sizes |= {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2}
         torch.manual_seed(3)
-        model = Qwen2ForCausalLM(made).eval()
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes, max_position_embeddings=512)).eval()
     model.save_pretrained(tmp_path / "target")
     tiny_tokenizer().save_pretrained(tmp_path / "target")
     target = Target.load(tmp_path / "target", dtype="float32")
@@ -202,6 +199,24 @@ def test_qwen_targets_are_exported(tmp_path, arch):
             folder = exported(head, target, to, tmp_path / kind)
             as_published(folder)
             assert same_weights(load_head(folder, target), head)
+
+
+@pytest.mark.parametrize("theirs", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ours", [torch.float16, torch.bfloat16, torch.float32])
+def test_rounded_rows_of_the_target_are_the_targets(tmp_path, targets, theirs, ours):
+    """Published heads are in float16 or bfloat16, whatever their targets are loaded in."""
+    model = tiny_model("llama", torch.bfloat16, num_hidden_layers=LAYERS)
+    model.save_pretrained(tmp_path / "target")
+    tiny_tokenizer().save_pretrained(tmp_path / "target")
+    target = Target.load(tmp_path / "target", dtype="float32")
+    folder = exported(make_head(target, "eagle3"), target, "eagle", tmp_path)
+    state = load_file(folder / "model.safetensors")
+    state = {n: t.to(theirs) if t.is_floating_point() else t for n, t in state.items()}
+    edit(folder, state | {"embed_tokens.weight": target.embedding.detach().to(theirs)})
+    as_published(folder)  # a fingerprint taken in float16 differs
+    head = load_head(folder, Target.load(tmp_path / "target", dtype=ours))
+    assert not head.config.train_output
+    assert head.fc.weight.dtype == ours
 
 
 # ---- names, shapes, dtypes and config fields -----------------------------------------------------
