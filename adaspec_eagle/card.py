@@ -66,7 +66,7 @@ def model_card(
 
 ## Serve
 
-{_serve(fields["head"], to, target, where, fields["draft_vocab_size"] < fields["vocab_size"])}
+{_serve(fields, to, target, where)}
 """
 
 
@@ -100,7 +100,7 @@ def _training(notes: Record | None) -> str:
     tasks = ", ".join(f"{task} {count:,}" for task, count in data.get("tasks", {}).items())
     selected = f"AdaSPEC, k = {aim.get('keep')}" if aim.get("select") == "adaspec" else "all tokens"
     return (
-        f"| data | {data.get('records', 0):,} prompts with the target's answers ({tasks}), "
+        f"| data | {data.get('records', 0):,} prompts with answers ({tasks}), "
         f"{data.get('answer_tokens', 0):,} answer tokens |\n"
         f"| method | {selected}, loss {aim.get('loss')}, {aim.get('unroll')} unroll steps, decay "
         f"{aim.get('decay')}, {notes.get('epochs')} epochs, "
@@ -144,9 +144,12 @@ def _bounds(interval: list[float]) -> str:
     return f"[{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
-def _serve(kind: str, to: str | None, target: str, where: str, reduced: bool) -> str:
+def _serve(fields: Fields, to: str | None, target: str, where: str) -> str:
     """Commands for vLLM and SGLang, each after an export to the layout that the engine reads."""
-    method = {"eagle1": "eagle", "eagle3": "eagle3"}.get(kind, kind)
+    method = {"eagle1": "eagle", "eagle3": "eagle3"}.get(fields["head"])
+    if method is None or fields["output_bias"]:
+        return "No engine runs this head: it has no layout for it, or would drop its output bias."
+    token_map = method == "eagle" and fields["draft_vocab_size"] < fields["vocab_size"]
     settings = f'{{"method": "{method}", "model": "{where}", "num_speculative_tokens": 4}}'
     vllm = f"vllm serve {target} --speculative-config '{settings}'"
     sglang = (
@@ -154,7 +157,7 @@ def _serve(kind: str, to: str | None, target: str, where: str, reduced: bool) ->
         f"  --speculative-algorithm {method.upper()} --speculative-draft-model-path {where} \\\n"
         "  --speculative-num-steps 4 --speculative-eagle-topk 1 --speculative-num-draft-tokens 5"
     )
-    if kind == "eagle1" and reduced:
+    if token_map:
         sglang += f" \\\n  --speculative-token-map {where}/{TOKEN_MAP}"
     blocks = []
     for engine, read, command in (
@@ -163,4 +166,6 @@ def _serve(kind: str, to: str | None, target: str, where: str, reduced: bool) ->
     ):
         first = "" if to in read else f" (after `scripts/export_head.py --to {read[0]}`)"
         blocks.append(f"{engine}{first}:\n\n```\n{command}\n```")
+    if token_map:
+        blocks[0] = "vLLM: not an EAGLE-1 head with a reduced vocabulary."
     return "\n\n".join(blocks)

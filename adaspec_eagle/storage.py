@@ -43,7 +43,7 @@ def local_folder(name: str | Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; UserError says what is wrong with it."""
     if not path.is_file():
-        raise UserError(f"no head in {path.parent}: {path} is missing (a head has {path.name})")
+        raise UserError(f"there is no {path.name} in {path.parent}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -108,9 +108,7 @@ def push_folder(folder: Path, repo: str) -> str:
         address = api.create_repo(repo, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Add draft head")
     except HUB_ERRORS as error:
-        raise UserError(
-            f"cannot push to {repo}: {_first_line(error)}; the files are whole in {folder}"
-        ) from error
+        raise UserError(f"cannot push to {repo}: {_first_line(error)}") from error
     return str(address)
 
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from adaspec_eagle import DraftHead, Target, load_head
 from adaspec_eagle.bench import find_head
-from adaspec_eagle.card import target_licence
+from adaspec_eagle.card import model_card, target_licence
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.formats import FORMATS
 from adaspec_eagle.head import read_config
 from adaspec_eagle.record import sha256
-from tests.tiny import tiny_head, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_head, tiny_model, tiny_target, tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 NOTES = {
@@ -189,6 +189,18 @@ def test_the_card_takes_tau_and_alpha_from_a_measurement(here, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| chain:4 | 1.42 [1.32, 1.54] | 0.28 0.31 | 1.02 [0.94, 1.11] |" in card
     assert "gsm8k.jsonl (20)" in card
+
+
+def test_the_card_offers_no_command_that_cannot_work():
+    """vLLM has no reduced EAGLE-1 head, and no engine adds a borrowed output bias."""
+    fields = vars(tiny_head(tiny_target(), "eagle1").config)
+    card = model_card(fields, None, "MIT", "sglang", "me/mine")
+    assert "vllm serve" not in card
+    assert "--speculative-token-map me/mine/hot_token_id.pt" in card
+    assert "--speculative-algorithm EAGLE " in card
+    biased = model_card(fields | {"output_bias": True}, None, "MIT")
+    assert "No engine runs this head" in biased
+    assert "sglang.launch_server" not in biased
 
 
 def test_the_licence_is_the_one_that_the_targets_card_states(tmp_path):
