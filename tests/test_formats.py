@@ -168,6 +168,29 @@ def test_eagle1_heads_of_older_speculators_are_read(tmp_path, targets):
         load_head(folder, target)
 
 
+def test_output_rows_that_come_with_eagle1_must_be_the_targets(tmp_path, targets):
+    """Readers of EAGLE-1 use the target's output layer, whatever is in the file."""
+    target = targets["untied"]
+    head = make_head(target, "eagle1", None)
+    folder = exported(head, target, "vllm", tmp_path)
+    edit(folder, {"lm_head.weight": target.output_rows.detach().clone()})
+    assert same_weights(load_head(folder, target), head)
+    edit(folder, {"lm_head.weight": torch.randn(V, H)})
+    with pytest.raises(UserError, match="lm_head"):
+        load_head(folder, target)
+
+
+def test_norm_before_residual_norms_what_is_added_to(targets):
+    """With nothing from attention and MLP, the layer gives its residual."""
+    for normed in (False, True):
+        head = make_head(targets["untied"], "eagle3", norm_before_residual=normed)
+        head.midlayer.self_attn.o_proj.weight.data.zero_()
+        head.midlayer.mlp.down_proj.weight.data.zero_()
+        hidden, tokens = 3 * torch.randn(1, 4, H), torch.randint(8, V, (1, 4))
+        given = head(hidden, tokens, torch.arange(4)[None], None, None, 0)
+        assert torch.equal(given, head.midlayer.hidden_norm(hidden) if normed else hidden)
+
+
 def test_a_head_in_bfloat16_stays_so(tmp_path, targets):
     """The target's rows go into the head's own dtype, whatever the target is loaded in."""
     target = targets["untied"]
