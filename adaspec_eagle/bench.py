@@ -14,6 +14,7 @@ from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead, load_head
 from adaspec_eagle.hub import task_prompts
 from adaspec_eagle.record import environment, sha256, shown
+from adaspec_eagle.storage import local_folder, weights_file
 from adaspec_eagle.targets import DEFAULT_TARGET, Target
 
 
@@ -75,8 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser, prompts: Path) -> None:
     """The options that every measuring script has; `prompts` is the default prompt file."""
     add = parser.add_argument
     add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (default: %(default)s)")
-    add("--head", type=Path, metavar="DIR", help="draft head; default: the newest runs/*/head that "
-        "was trained for this target, else the one that ships")  # fmt: skip
+    add("--head", metavar="DIR|ID", help="draft head, a folder or a hub id, also in EAGLE's, "
+        "SGLang's, vLLM's or speculators' layout; default: the newest runs/*/head that was trained "
+        "for this target, else the one that ships")  # fmt: skip
     add("--prompts", nargs="+", action="extend", metavar="FILE|TASK",
         help=f"prompt files (JSON Lines) or task names; default: {prompts.name}")  # fmt: skip
     add("--limit", type=positive, metavar="N", help="use the first N prompts of each file")
@@ -120,8 +122,9 @@ def draft_shapes(tree: str | None, chain: int | None) -> dict[str, str]:
 
 def open_bench(args: argparse.Namespace) -> Bench:
     """Load target, head and prompts as the arguments say. Raises UserError on anything unfit."""
+    given = HeadChoice(local_folder(args.head), "--head") if args.head else None
     target = Target.load(args.target, dtype=args.dtype)
-    choice = HeadChoice(args.head, "--head") if args.head else find_head(target)
+    choice = given or find_head(target)
     head = load_head(choice.folder, target, allow_other_target=args.allow_other_target)
     names = list(dict.fromkeys(args.prompts or [shown(args.default_prompts)]))
     sources = [read_source(name, target, args.limit, args.max_new_tokens) for name in names]
@@ -210,7 +213,7 @@ def describe_bench(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         "head": {
             "folder": shown(folder),
             "chosen": bench.choice.why,
-            "sha256": sha256(folder / "model.safetensors"),
+            "sha256": sha256(weights_file(folder)),
             "config": asdict(bench.head.config),
         },
         "prompts": [source.describe() for source in bench.sources],

@@ -13,15 +13,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from adaspec_eagle.attention import GROUPED, Unrolled, register
+from adaspec_eagle.card import model_card, publishable, target_licence
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.paths import replace_folder
+from adaspec_eagle.published import from_layout, is_ours
+from adaspec_eagle.storage import (
+    check_push,
+    local_folder,
+    push_folder,
+    read_json,
+    read_weights,
+    weights_file,
+)
 from adaspec_eagle.targets import Target
 
 
@@ -45,6 +55,11 @@ class HeadConfig:
     feature_layers: list[int]  # hidden_states indices: i is the input of layer i
     output_bias: bool = False  # whether the target's output layer has a bias, which is borrowed
     train_output: bool = False  # output rows of the head's own instead of the target's
+    # What published heads may have; heads that are trained here have none of it.
+    fc_bias: bool = False
+    attention_bias: bool = False  # of the q, k, v and o projections
+    norm_before_residual: bool = False  # EAGLE-3: the residual is the normed hidden state
+    rope_scaling: dict[str, Any] | None = None  # as in transformers' rope_parameters
 
     @classmethod
     def for_target(cls, head: str, target: Target, draft_vocab_size: int, **more: Any):
@@ -81,10 +96,25 @@ class HeadConfig:
             head_dim=self.head_dim,
             rms_norm_eps=self.rms_norm_eps,
             max_position_embeddings=self.max_position_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            attention_bias=self.attention_bias,
+            rope_parameters={"rope_type": "default", **(self.rope_scaling or {})}
+            | {"rope_theta": self.rope_theta},
         )
         config._attn_implementation = GROUPED
         return config
+
+
+class Rotary(LlamaRotaryEmbedding):
+    """Rotary embedding whose frequencies stay in float32 when a head is cast, as transformers' do.
+
+    Rounded to bfloat16 they are off by up to 0.4 %: a quarter of a radian at a distance of 200.
+    """
+
+    def _apply(self, fn, recurse=True):
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        self.register_buffer("inv_freq", exact.to(self.inv_freq.device), persistent=False)
+        return self
 
 
 class DraftHead(nn.Module):
@@ -217,8 +247,40 @@ class DraftHead(nn.Module):
         self.bound_to = wanted
         return self
 
-    def save(self, folder: str | Path, notes: dict[str, Any] | None = None) -> None:
-        """Write config.json, model.safetensors and, with notes, train.json; all or nothing."""
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, target: Target | None = None, allow_other_target: bool = False
+    ) -> "DraftHead":
+        """The head of a folder or hub id: `load_head`."""
+        return load_head(name, target, allow_other_target)
+
+    def save_pretrained(
+        self, folder: str | Path, notes: dict[str, Any] | None = None, licence: str | None = None
+    ) -> None:
+        """`save`, with a card; licence: of the target, None to look it up."""
+        licence = licence or target_licence(self.config.target)
+        self.save(folder, notes, model_card(asdict(self.config), notes, licence))
+
+    def push_to_hub(
+        self, repo: str, notes: dict[str, Any] | None = None, licence: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes to OWNER/NAME; returns the address.
+
+        Raises UserError for a bad id, without a login, or where the target's licence is not known.
+        """
+        licence = publishable(self.config.target, licence)
+        check_push(repo)
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_pretrained(Path(scratch) / "head", notes, licence)
+            return push_folder(Path(scratch) / "head", repo)
+
+    def save(
+        self, folder: str | Path, notes: dict[str, Any] | None = None, card: str | None = None
+    ) -> None:
+        """Write config.json, model.safetensors and, if given, train.json (notes) and README.md.
+
+        All or nothing.
+        """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
@@ -230,6 +292,8 @@ class DraftHead(nn.Module):
             (made / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
             if notes is not None:
                 (made / "train.json").write_text(json.dumps(notes, indent=1) + "\n")
+            if card is not None:
+                (made / "README.md").write_text(card)
             replace_folder(made, folder)
 
 
@@ -323,37 +387,39 @@ def check_target(config: HeadConfig, target: Target, allow_other: bool = False) 
 
 
 def read_config(folder: str | Path) -> HeadConfig:
-    """The config of a head's folder; UserError says what is missing or wrong."""
+    """The config of a head's folder in this package's layout; UserError says what is wrong."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"no head in {folder}: {path} is missing (a head's folder has config.json)")
+    data = read_json(path)
     try:
-        data = json.loads(path.read_text())
         known = {f.name for f in fields(HeadConfig)}
         return HeadConfig(**{name: value for name, value in data.items() if name in known})
-    except (ValueError, TypeError, AttributeError) as error:
+    except TypeError as error:
         raise UserError(f"{path} is not a config of this package: {error}") from error
 
 
 def load_head(
     folder: str | Path, target: Target | None = None, allow_other_target: bool = False
 ) -> DraftHead:
-    """A head from its folder, in evaluation mode; bound to the target if one is given.
+    """A head from its folder or hub id, in evaluation mode; bound to the target if one is given.
 
-    Raises UserError for a missing or foreign config, truncated or foreign safetensors, names or
-    shapes that do not fit, a vocabulary map that points outside, or another target's head.
+    Other layouts (published.py) need the target. Raises UserError for a missing or unknown config,
+    weights that cannot be read, names or shapes that do not fit, a vocabulary map that points
+    outside, or another target's head.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    if target is not None:
-        check_target(config, target, allow_other_target)
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"no weights in {folder}: {path} is missing (heads are safetensors only)")
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read (truncated, or no safetensors): {error}") from error
+    folder = local_folder(folder)
+    if is_ours(read_json(folder / "config.json")):
+        config = read_config(folder)
+        if target is not None:
+            check_target(config, target, allow_other_target)
+        head = build_head(config, read_weights(folder), weights_file(folder))
+    else:
+        found, state = from_layout(folder, target)
+        head = build_head(HeadConfig(**found), state, weights_file(folder))
+    return head if target is None else head.bind(target, allow_other_target)
+
+
+def build_head(config: HeadConfig, state: dict[str, Tensor], path: Path) -> DraftHead:
+    """A head in evaluation mode with these weights; UserError names `path` if they do not fit."""
     head = head_class(config.head)(config)
     wanted = {name: tuple(t.shape) for name, t in head.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in state.items()}
@@ -368,8 +434,7 @@ def load_head(
     floats = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     head.to(floats[0]).load_state_dict(state)
     _check_vocab_map(head, path)
-    head.eval()
-    return head if target is None else head.bind(target, allow_other_target)
+    return head.eval()
 
 
 def _check_vocab_map(head: DraftHead, path: Path) -> None:

@@ -8,9 +8,17 @@ follows it but the target's output layer.
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from adaspec_eagle.head import DraftHead, HeadConfig, Target, Unrolled, copy_layer, pass_through
+from adaspec_eagle.head import (
+    DraftHead,
+    HeadConfig,
+    Rotary,
+    Target,
+    Unrolled,
+    copy_layer,
+    pass_through,
+)
 
 
 class Head(DraftHead):
@@ -24,10 +32,10 @@ class Head(DraftHead):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)
         layer = config.layer_config()
-        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList([LlamaDecoderLayer(layer, layer_idx=0)])
         self.layers[0].input_layernorm = nn.Identity()
-        self.rotary = LlamaRotaryEmbedding(layer)
+        self.rotary = Rotary(layer)
 
     @staticmethod
     def feature_layers(num_layers: int) -> list[int]:

@@ -7,26 +7,30 @@ Test", arXiv 2503.01840. Tensor names are those of the published heads.
 import torch
 from torch import Tensor, nn
 from transformers import Cache, LlamaConfig
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
-from adaspec_eagle.head import DraftHead, HeadConfig, Target, Unrolled, copy_layer, pass_through
+from adaspec_eagle.head import (
+    DraftHead,
+    HeadConfig,
+    Rotary,
+    Target,
+    Unrolled,
+    copy_layer,
+    pass_through,
+)
 
 
 class WideLayer(nn.Module):
     """A Llama layer whose attention reads [normed embedding, normed hidden], 2 H wide."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, norm_before_residual: bool) -> None:
         super().__init__()
-        size = config.hidden_size
+        self.norm_before_residual = norm_before_residual
+        size, bias = config.hidden_size, config.attention_bias
         self.self_attn = LlamaAttention(config, layer_idx=0)
         for name in ("q_proj", "k_proj", "v_proj"):
             narrow = getattr(self.self_attn, name)
-            setattr(self.self_attn, name, nn.Linear(2 * size, narrow.out_features, bias=False))
+            setattr(self.self_attn, name, nn.Linear(2 * size, narrow.out_features, bias=bias))
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(size, config.rms_norm_eps)
         self.hidden_norm = LlamaRMSNorm(size, config.rms_norm_eps)
@@ -34,8 +38,10 @@ class WideLayer(nn.Module):
 
     def forward(self, embedding: Tensor, hidden: Tensor, **attention) -> Tensor:
         """embedding, hidden `[B, N, H]` -> `[B, N, H]`."""
-        wide = torch.cat([self.input_layernorm(embedding), self.hidden_norm(hidden)], dim=-1)
-        hidden = hidden + self.self_attn(wide, **attention)[0]
+        normed = self.hidden_norm(hidden)
+        wide = torch.cat([self.input_layernorm(embedding), normed], dim=-1)
+        residual = normed if self.norm_before_residual else hidden
+        hidden = residual + self.self_attn(wide, **attention)[0]
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -46,10 +52,10 @@ class Head(DraftHead):
         super().__init__(config)
         layer = config.layer_config()
         inputs = len(config.feature_layers) * config.hidden_size
-        self.fc = nn.Linear(inputs, config.hidden_size, bias=False)
-        self.midlayer = WideLayer(layer)
+        self.fc = nn.Linear(inputs, config.hidden_size, bias=config.fc_bias)
+        self.midlayer = WideLayer(layer, config.norm_before_residual)
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = LlamaRotaryEmbedding(layer)
+        self.rotary = Rotary(layer)
 
     @staticmethod
     def feature_layers(num_layers: int) -> list[int]:

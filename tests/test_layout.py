@@ -18,14 +18,15 @@ HEADS = sorted(p.stem for p in (REPOSITORY / "heads").glob("*.py") if p.stem != 
 LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"errors", "paths", "stats", "packed", "optim"},
     {"attention", "cache", "default_target", "tree", "losses", "fused", "selection", "record"},
-    {"targets", "verify"},
-    {"sampling"},
+    {"targets", "verify", "storage"},
+    {"sampling", "formats"},
+    {"card", "published"},
     {"head", "data", "features", "hub", "apart"},
     {"auto"},
     {"draft", "unroll"},
     {"generate"},
     {"distill", "selfdata", "asks", "estimate", "plug", "chat"},
-    {"answers", "bench", "callbacks", "plots", "prepare"},
+    {"answers", "bench", "export", "callbacks", "plots", "prepare"},
     {"train", "measure"},
     {"figures", "rescore"},
 ]
@@ -103,6 +104,19 @@ def test_a_head_that_was_not_bound_gives_nan(name):
     head = head_class(name)(tiny_head(target, name).config).double()
     assert head.embed(torch.zeros(1, 1, dtype=torch.long)).isnan().all()
     assert head.project(torch.zeros(1, 32, dtype=torch.float64)).isnan().all()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_casting_a_head_keeps_its_rotary_frequencies_exact(name):
+    """A head saved in bfloat16 used to turn far positions by other angles than it was trained with.
+
+    Another package's logits for the shipped head showed it.
+    """
+    head = head_class(name)(tiny_head(tiny_target(), name).config)
+    exact = head.rotary.inv_freq.clone()
+    head.to(torch.bfloat16).to(torch.float64)
+    assert torch.equal(head.rotary.inv_freq.double(), exact.double())
+    assert head.fc.weight.dtype == torch.float64
 
 
 def test_a_head_is_found_by_module_and_by_file(tmp_path):
