@@ -184,7 +184,7 @@ def _processors(
     """A row's processors in transformers' order; `cuts` itself where nothing depends on the row."""
     own: list = []
     if penalty != 1:
-        own.append(RepetitionPenaltyLogitsProcessor(penalty))
+        own.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
     if least and end_ids:
         own.append(MinNewTokensLengthLogitsProcessor(len(prompt), least, end_ids))
     return LogitsProcessorList([*own, *cuts]) if own else cuts

@@ -15,6 +15,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -67,7 +68,6 @@ class Speculative:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        attention_mask: Tensor | None = None,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What transformers' own loop would return, from drafting; raises UserError."""
@@ -83,12 +83,14 @@ class Speculative:
             raise UserError("a sampled chain needs do_sample=True; choose another tree")
         longest = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
         limit = min([*longest, target.context]) - input_ids.shape[1]
-        rows = check_prompts(target, input_ids, attention_mask, limit)
+        rows = check_prompts(target, input_ids, model_kwargs.get("attention_mask"), limit)
         self.head.bind(target, self.allow_other_target)
-        seed = int(torch.randint(MAX_SEED // 2, (1,))) if sample else 0  # torch's seed repeats it
+        seed = (
+            int(torch.randint(MAX_SEED // 2 - 1, (1,))) if sample else 0
+        )  # torch's seed repeats it
         sampler = Sampler(
             [
-                Row(key, ids.tolist(), len(row), logits_processor)
+                Row(key, ids.tolist(), len(row), _of_row(logits_processor, key))
                 for key, (ids, row) in enumerate(zip(input_ids, rows, strict=True))
             ],
             sample,
@@ -154,6 +156,18 @@ def _as_target(model: Any) -> Target:
         model.train(training)
         for weight in trained:
             weight.requires_grad_(True)
+
+
+def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """What a processor made for the batch is for one of its rows; the list itself if nothing is."""
+    own = LogitsProcessorList()
+    for processor in processors:
+        ignored = getattr(processor, "prompt_ignore_length", None)  # padding, where there is some
+        if isinstance(ignored, Tensor):
+            processor = RepetitionPenaltyLogitsProcessor(processor.penalty, int(ignored[row]))
+        own.append(processor)
+    changed = any(a is not b for a, b in zip(own, processors, strict=True))
+    return own if changed else processors
 
 
 def _stops(
