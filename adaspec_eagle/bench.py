@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.resources import files as package_files
@@ -16,6 +17,8 @@ from adaspec_eagle.hub import task_prompts
 from adaspec_eagle.record import environment, sha256, shown
 from adaspec_eagle.storage import local_folder, weights_file
 from adaspec_eagle.targets import DEFAULT_TARGET, Target
+
+TREES = ("auto", "dynamic", "static")  # the first is what --tree alone means
 
 
 @dataclass(frozen=True)
@@ -104,17 +107,23 @@ def positive(text: str) -> int:
 def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
     """`--tree` and `--chain`."""
     add = parser.add_argument
-    add("--tree", nargs="?", const="dynamic", choices=("dynamic", "static"),
-        help="draft trees (dynamic unless named); alone it also runs a chain of 4")  # fmt: skip
+    add("--tree", nargs="*", choices=TREES, metavar="TREE",
+        help="draft trees: auto (what pays on this machine, the default), dynamic, static, or "
+        "several of them; alone it also runs a chain of 4")  # fmt: skip
     add("--chain", type=positive, metavar="K", help="draft chains of K tokens")
 
 
-def draft_shapes(tree: str | None, chain: int | None) -> dict[str, str]:
-    """Arm key -> shape. With neither option the same as a bare `--tree`."""
-    if tree is None and chain is None:
-        tree = "dynamic"
+def draft_shapes(tree: Sequence[str] | None, chain: int | None) -> dict[str, str]:
+    """Arm key -> shape. With neither option the same as a bare `--tree`.
+
+    The first tree is the arm `tree`; further ones go by their own names.
+    """
+    if tree == [] or (tree is None and chain is None):
+        tree = TREES[:1]
     shapes = {"chain": f"chain:{chain or 4}"} if chain or tree else {}
-    return shapes | ({"tree": tree} if tree else {})
+    for place, kind in enumerate(dict.fromkeys(tree or ())):
+        shapes["tree" if place == 0 else kind] = kind
+    return shapes
 
 
 # ---- choosing: target, head, prompts -------------------------------------------------------------

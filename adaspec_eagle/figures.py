@@ -5,11 +5,14 @@ Legend: P units, A arms, R bootstrap resamples.
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from adaspec_eagle.auto import Costs, costs_of
 from adaspec_eagle.bench import Bench, describe_bench
+from adaspec_eagle.draft import Auto
 from adaspec_eagle.measure import Arm, Outcome, Unit
 from adaspec_eagle.record import interval, resampled_sums
 from adaspec_eagle.stats import AcceptanceStats
@@ -44,6 +47,11 @@ DEFINITIONS = {
     "peak_memory_bytes": "CUDA: peak allocated while the arm ran; CPU: peak resident set of the "
     "process while the arm ran",
     "generate": "transformers' model.generate, do_sample=False, no penalties, stock attention",
+    "efficiency": "decode_speedup_vs_loop / (tau t(1) / t(n)): what drafting leaves of the gain "
+    "that tau promises; t(n): the target's forward with n tokens, from `costs`, n: the mean number "
+    "of tokens that the arm verifies a round",
+    "costs": "median seconds of a forward behind 256 tokens: of the target with `sizes` new ones, "
+    "and of one level of drafting, 8 wide",
     "loop": "this package's decoding loop without a draft",
 }
 
@@ -106,6 +114,7 @@ def _counts(units: Sequence[Unit], arm: Arm) -> dict[str, Any]:
         "tokens_after_first": stats.tokens,
         "rounds": stats.rounds,
         "nodes": stats.nodes,
+        "undrafted_rounds": stats.undrafted,
         "wall_s": sum(outcome.wall for outcome in outcomes),
         "seconds": stats.seconds,
         "matched": sum(a == b for left, right in pairs for a, b in zip(left, right, strict=True)),
@@ -163,6 +172,9 @@ def speedup_result(
 ) -> dict[str, Any]:
     """Everything that `eval/speedup.py` reports, ready for JSON."""
     figures = summarize(units, arms, args.seed)
+    costs = costs_of(bench.target, bench.head, bench.batch_size, Auto().width)
+    for arm in figures.values():
+        arm["efficiency"] = efficiency(arm, costs)
     files = {
         source.name: source.describe()
         | {"arms": summarize(units_of(units, source.name), arms, args.seed)}
@@ -173,10 +185,20 @@ def speedup_result(
         **describe_bench(bench, args),
         "headline": headline(figures),
         "arms": figures,
+        "costs": asdict(costs),
         "files": files,
         "definitions": DEFINITIONS,
         "per_prompt": [_raw(unit) for unit in units],
     }
+
+
+def efficiency(arm: dict[str, Any], costs: Costs) -> float | None:
+    """What drafting leaves of the speed-up that an arm's tau promises; None without a draft."""
+    if not arm["shape"] or not arm["rounds"] or arm["decode_speedup_vs_loop"] is None:
+        return None
+    verified = 1 + arm["nodes"] / arm["rounds"]
+    promised = arm["tau"] * costs.of_target(1) / costs.of_target(verified)
+    return arm["decode_speedup_vs_loop"] / promised
 
 
 def units_of(units: Sequence[Unit], source: str) -> list[Unit]:

@@ -9,7 +9,15 @@ from rich.table import Table
 
 from adaspec_eagle.record import with_interval, write_bytes
 
-COLORS = {"generate": "#8a8f98", "loop": "#b9bec6", "chain": "#3b7dd8", "tree": "#d9622b"}
+COLORS = {
+    "generate": "#8a8f98",
+    "loop": "#b9bec6",
+    "chain": "#3b7dd8",
+    "tree": "#d9622b",
+    "auto": "#d9622b",
+    "dynamic": "#7a4fbf",
+    "static": "#2f9e6e",
+}
 Figures = dict[str, Any]
 
 
@@ -42,6 +50,9 @@ def arm_rows() -> dict[str, Callable[[Figures], str]]:
         "acceptance length tau": ratio("tau"),
         "alpha by depth (chain)": lambda arm: _list(arm["alpha_by_depth"]),
         "acceptance by depth": lambda arm: _list(arm["acceptance_by_depth"]),
+        "tokens verified a round": _verified,
+        "efficiency": lambda arm: f"{arm['efficiency']:.2f}" if arm.get("efficiency") else "-",
+        "rest, share of a round": _rest,
     }
     for part in ("prefill", "draft", "verify", "rest"):
         rows[f"seconds: {part}"] = seconds(part)
@@ -65,6 +76,16 @@ def ratio(name: str, digits: int = 2) -> Callable[[Figures], str]:
 def seconds(part: str) -> Callable[[Figures], str]:
     """A cell with the wall seconds of one part."""
     return lambda arm: f"{arm['seconds'][part]:.2f}"
+
+
+def _verified(arm: Figures) -> str:
+    return f"{1 + arm['nodes'] / arm['rounds']:.1f}" if arm["shape"] and arm["rounds"] else "-"
+
+
+def _rest(arm: Figures) -> str:
+    """What neither the target nor the head takes, of a round of our own loop."""
+    parts = [arm["seconds"][part] for part in ("draft", "verify", "rest")]
+    return f"{parts[2] / sum(parts):.1%}" if parts[1] else "-"
 
 
 def _list(values: list[float]) -> str:

@@ -23,6 +23,13 @@ def _few_threads(request: pytest.FixtureRequest):
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _own_costs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """What trees cost on this machine is measured for the tests, not kept in the user's cache."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setattr("adaspec_eagle.auto.default_cache_dir", lambda: folder)
+
+
 @pytest.fixture(scope="session")
 def real_target() -> Target:
     """The default target in float32; the tests that need it are skipped where it cannot be had."""

@@ -78,12 +78,12 @@ def measured(work):
     return json.loads((out / "result.json").read_text())
 
 
-def test_tree_alone_runs_both_baselines_a_chain_of_four_and_a_dynamic_tree(measured):
+def test_tree_alone_runs_both_baselines_a_chain_of_four_and_the_auto_tree(measured):
     assert [(key, arm["shape"]) for key, arm in measured["arms"].items()] == [
         ("generate", None),
         ("loop", None),
         ("chain", "chain:4"),
-        ("tree", "dynamic"),
+        ("tree", "auto"),
     ]
 
 
@@ -277,10 +277,16 @@ def test_a_missing_prompt_file_is_named(here, capsys):
 @pytest.mark.parametrize(
     ("tree", "chain", "shapes"),
     [
-        (None, None, {"chain": "chain:4", "tree": "dynamic"}),
-        ("static", None, {"chain": "chain:4", "tree": "static"}),
+        (None, None, {"chain": "chain:4", "tree": "auto"}),
+        ([], None, {"chain": "chain:4", "tree": "auto"}),
+        (["static"], None, {"chain": "chain:4", "tree": "static"}),
+        (
+            ["auto", "static"],
+            3,
+            {"chain": "chain:3", "tree": "auto", "static": "static"},
+        ),
         (None, 6, {"chain": "chain:6"}),
-        ("dynamic", 2, {"chain": "chain:2", "tree": "dynamic"}),
+        (["dynamic"], 2, {"chain": "chain:2", "tree": "dynamic"}),
     ],
 )
 def test_shapes_follow_tree_and_chain(tree, chain, shapes):

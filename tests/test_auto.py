@@ -1,0 +1,108 @@
+"""Trees that pay: what a planner decides from known costs, and that it changes no output."""
+
+import json
+
+import pytest
+import torch
+
+from adaspec_eagle import generate
+from adaspec_eagle.auto import PATIENCE, Costs, Planner, costs_of, measure_costs
+from adaspec_eagle.draft import Auto
+from tests.test_lossless import oracle, prompts
+from tests.tiny import tiny_head, tiny_target
+
+SIZES = [1, 2, 4, 8, 16, 32, 64]
+
+
+def flat(draft: float = 0.0, slope: float = 0.0) -> Costs:
+    """A target whose forward takes 1 s, and `slope` more for each further token."""
+    return Costs(SIZES, [1 + slope * (n - 1) for n in SIZES], draft)
+
+
+def test_costs_between_sizes_are_interpolated():
+    costs = Costs([1, 4, 8], [1.0, 4.0, 4.0], 0.1)
+    assert costs.of_target(1) == 1.0
+    assert costs.of_target(2) == 2.0
+    assert costs.of_target(6) == 4.0
+    assert costs.of_target(16) == 4.0
+
+
+def test_nodes_are_verified_exactly_while_they_pay():
+    """A node pays if its chance exceeds rate x the seconds that it adds."""
+    planner = Planner(flat(slope=0.1), rows=1, most_nodes=60)
+    planner.tokens, planner.seconds = 2.0, 1.0  # 2 tokens/s: a node must bring 0.2 tokens
+    chances = torch.tensor([[0.9, 0.5, 0.3, 0.21, 0.19, 0.1]])
+    assert planner.nodes(chances.log(), torch.ones(6, dtype=torch.long)) == 4
+    assert Planner(flat(slope=9.0), 1, 60).nodes(chances.log(), torch.ones(6).long()) == 1
+    assert Planner(flat(), 1, 5).nodes(chances.log(), torch.ones(6).long()) == 5
+
+
+def test_levels_are_drafted_while_they_pay():
+    beam = torch.tensor([[0.5, 0.2]]).log()
+    assert Planner(flat(draft=0.01), 1, 60).deeper(1, beam)
+    assert not Planner(flat(draft=1.0), 1, 60).deeper(1, beam)
+    assert not Planner(flat(draft=0.01), 1, 60).deeper(1, torch.tensor([[1e-3]]).log())
+
+
+def test_probabilities_are_corrected_by_what_was_accepted():
+    """A head that promises 0.8 and is accepted every other round is trusted 0.5 / 0.8."""
+    planner = Planner(flat(draft=0.01), 1, 60)
+    scores, depths = torch.tensor([[0.8]]).log(), torch.tensor([[1]])
+    for turn in range(400):
+        planner.learn(scores, depths, [turn % 2], 1)
+    assert planner.trust(1) == pytest.approx(0.5 / 0.8, abs=0.06)
+    assert planner.trust(2) == 1.0
+    assert planner.rate == pytest.approx(1.5 / 1.02, rel=0.05)
+
+
+def test_drafting_that_cannot_pay_is_given_up_and_counted(monkeypatch):
+    monkeypatch.setattr("adaspec_eagle.auto._KNOWN", {})
+    module = "adaspec_eagle.auto.measure_costs"
+    monkeypatch.setattr(module, lambda *_: flat(draft=5.0, slope=1.0))
+    target = tiny_target()
+    ids, mask = prompts(1)
+    options = {"max_new_tokens": 100, "ignore_eos": True}
+    plain = generate(target, None, ids, mask, **options)
+    found = generate(target, tiny_head(target), ids, mask, tree="auto", **options)
+    assert found.answers == plain.answers
+    assert 100 - 2 * PATIENCE - 5 < found.stats.undrafted < 100 - PATIENCE + 1
+
+
+def test_a_good_head_is_given_deep_trees(monkeypatch):
+    monkeypatch.setattr("adaspec_eagle.auto._KNOWN", {})
+    monkeypatch.setattr("adaspec_eagle.auto.measure_costs", lambda *_: flat(draft=0.02, slope=0.01))
+    target = tiny_target("qwen3")
+    ids, mask = prompts(1)
+    head = oracle(target, ids, mask, depth=6)
+    options = {"max_new_tokens": 50, "ignore_eos": True}
+    found = generate(target, head, ids, mask, tree=Auto(width=2), **options)
+    assert found.answers == generate(target, None, ids, mask, **options).answers
+    assert found.stats.tau > 4
+    assert found.stats.undrafted == 0
+
+
+def test_costs_are_measured_once_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr("adaspec_eagle.auto._KNOWN", {})
+    monkeypatch.setattr("adaspec_eagle.auto.default_cache_dir", lambda: tmp_path)
+    target = tiny_target()
+    head = tiny_head(target)
+    measured = []
+
+    def measure(*args):
+        measured.append(args)
+        return measure_costs(*args)
+
+    monkeypatch.setattr("adaspec_eagle.auto.measure_costs", measure)
+    costs = costs_of(target, head, 2, 8)
+    assert all(seconds > 0 for seconds in [*costs.target, costs.draft])
+    assert costs.target == sorted(costs.target)
+    monkeypatch.setattr("adaspec_eagle.auto._KNOWN", {})
+    assert costs_of(target, head, 2, 8) == costs
+    (file,) = (tmp_path / "costs").glob("*.json")
+    assert json.loads(file.read_text())["facts"]["rows"] == 2
+    costs_of(target, head, 3, 8)
+    assert len(measured) == 2
+    file.write_text("{")  # a damaged file is measured again
+    monkeypatch.setattr("adaspec_eagle.auto._KNOWN", {})
+    costs_of(target, head, 2, 8)
+    assert len(measured) == 3

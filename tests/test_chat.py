@@ -1,0 +1,76 @@
+"""The chat: streams what generate gives, marks drafted tokens, survives Ctrl-C."""
+
+import io
+import sys
+
+import pytest
+from rich.console import Console
+
+from adaspec_eagle import chat as chat_module
+from adaspec_eagle import generate
+from adaspec_eagle.chat import Chat
+from adaspec_eagle.draft import Dynamic
+from scripts import chat as chat_script
+from tests.tiny import tiny_head, tiny_target, tiny_target_folder
+
+TREE = Dynamic(nodes=12, depth=4, width=4)
+
+
+def session(head: bool, color: bool = False, **options) -> tuple[Chat, io.StringIO]:
+    target = tiny_target()
+    out = io.StringIO()
+    console = Console(
+        file=out, width=1000, force_terminal=color, color_system="standard" if color else None
+    )
+    options = {"max_new_tokens": 12} | options
+    return Chat(target, tiny_head(target) if head else None, TREE, console, options), out
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_the_answer_is_streamed_and_remembered(head):
+    chat, out = session(head)
+    chat.run(["w3 w4 w5\n", "\n", "w6\n"])
+    roles = [message["role"] for message in chat.messages]
+    assert roles == ["user", "assistant", "user", "assistant"]
+    assert chat.messages[1]["content"] in out.getvalue()
+    assert ("tau" in out.getvalue()) == head
+    assert "tokens/s" in out.getvalue()
+
+
+def test_drafted_tokens_are_coloured_and_the_targets_own_are_not():
+    chat, out = session(True, color=True, max_new_tokens=60)
+    chat.answer("w3 w4 w5")
+    assert chat.stats.accepted_tokens > 0
+    green = out.getvalue().count("\x1b[32m")
+    assert 0 < green <= chat.stats.accepted_tokens
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_came(monkeypatch):
+    chat, out = session(False, max_new_tokens=40)
+
+    def stopped(*args, watch=None, **more):
+        def once(row, tokens, drafted):
+            watch(row, tokens, drafted)
+            raise KeyboardInterrupt
+
+        return generate(*args, watch=once, **more)
+
+    monkeypatch.setattr(chat_module, "generate", stopped)
+    chat.run(["w3 w4\n"])
+    assert "[stopped]" in out.getvalue()
+    assert chat.messages[-1]["role"] == "assistant"
+
+
+def test_a_conversation_that_fills_the_context_says_so_and_goes_on():
+    chat, out = session(False, max_new_tokens=600)
+    chat.run(["w3\n"])
+    assert "context" in out.getvalue()
+    assert chat.messages == []
+
+
+def test_the_script_answers_a_pipe(tmp_path, monkeypatch, capsys):
+    folder = tiny_target_folder(tmp_path / "target")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w3 w4\nw5\n"))
+    more = ["--no-draft", "--max-new-tokens", "5", "--dtype", "float32"]
+    assert chat_script.main(["--target", folder, *more]) == 0
+    assert capsys.readouterr().out.count("5 tokens") == 2
