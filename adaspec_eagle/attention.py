@@ -43,14 +43,19 @@ def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 def tree_mask(lengths: Tensor, start: int, ancestors: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive mask for new nodes that see their row's history and their own ancestors.
 
-    lengths `[B]`: committed tokens a row; start: the first scratch column (at least every length);
+    lengths `[B]`: committed tokens a row; start: the first scratch column, the largest of them;
     ancestors `[B, N, M]`: which of the M scratch columns each of the N new nodes sees, itself
-    included. Returns `[B, 1, N, start + M]`.
+    included. Returns `[B, 1, N, start + M]`. A single row has no stale columns to hide, so that its
+    mask costs next to nothing however long the history.
     """
-    columns = torch.arange(start, device=lengths.device)
-    history = columns[None, :] < lengths[:, None]  # [B, start]
-    history = history[:, None].expand(-1, ancestors.shape[1], -1)  # [B, N, start]
-    return additive_mask(torch.cat([history, ancestors], dim=-1), dtype)
+    b, n, m = ancestors.shape
+    mask = torch.zeros(b, 1, n, start + m, dtype=dtype, device=lengths.device)
+    mask[..., start:] = additive_mask(ancestors, dtype)
+    if b > 1:
+        columns = torch.arange(start, device=lengths.device)
+        history = columns[None, None, :] < lengths[:, None, None]  # [B, 1, start]
+        mask[..., :start] = additive_mask(history, dtype)
+    return mask
 
 
 def grouped_attention(
