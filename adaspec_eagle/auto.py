@@ -14,6 +14,7 @@ import json
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from adaspec_eagle.attention import tree_mask
 from adaspec_eagle.cache import TreeCache
+from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.packed import packing
 from adaspec_eagle.paths import default_cache_dir
@@ -29,7 +31,7 @@ from adaspec_eagle.targets import Target
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # tokens of a target forward that are timed
 HISTORY = 256  # tokens of history while timing
-REPEATS = 7  # the median counts
+REPEATS, LONG = 7, 0.5  # the median of so many counts; of fewer once they took LONG seconds
 PRIOR = 8.0  # rounds that the first guesses are worth
 GUESS = 0.5  # acceptance of one more level, before any has been seen
 PATIENCE = 24  # rounds before drafting may be given up
@@ -128,7 +130,10 @@ def _median(call: Callable[[], None], device: torch.device) -> float:
         return time.perf_counter() - begin
 
     once()
-    return sorted(once() for _ in range(REPEATS))[REPEATS // 2]
+    times: list[float] = []
+    while len(times) < REPEATS and (len(times) < 2 or sum(times) < LONG):
+        times.append(once())
+    return sorted(times)[len(times) // 2]
 
 
 _KNOWN: dict[str, Costs] = {}
@@ -155,8 +160,10 @@ def costs_of(target: Target, head: DraftHead, rows: int, width: int) -> Costs:
             _KNOWN[key] = Costs(**json.loads(path.read_text())["costs"])
         except (OSError, ValueError, KeyError, TypeError):
             _KNOWN[key] = measure_costs(target, head, rows, width)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"facts": facts, "costs": asdict(_KNOWN[key])})
+            with suppress(
+                UserError
+            ):  # a cache that cannot be written to is measured again next time
+                write_json(path, {"facts": facts, "costs": asdict(_KNOWN[key])})
     return _KNOWN[key]
 
 
