@@ -17,8 +17,9 @@ from transformers import Trainer
 from adaspec_eagle.data import Record
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import FeatureTable, split_rows, target_rows
+from adaspec_eagle.fused import Output, chunked_losses, chunks, exact_dtype
 from adaspec_eagle.head import DraftHead
-from adaspec_eagle.losses import FULL_VOCABULARY, LOSSES, feature_regression, overlap, per_token
+from adaspec_eagle.losses import FULL_VOCABULARY, LOSSES, feature_regression, overlap
 from adaspec_eagle.selection import kept, select
 from adaspec_eagle.targets import Target
 from adaspec_eagle.unroll import Batch, first_index, step_masks, step_states, supervised, unroll
@@ -45,9 +46,15 @@ class Objective:
 class TargetTokens:
     """The target at the supervised positions, shared by all steps and by both heads."""
 
-    logits: Tensor  # [M, Vd] over the draft vocabulary, float32 or float64
+    hidden: Tensor  # [M, H] in the target's dtype
+    output: Output  # its output layer over the draft vocabulary
     lse: Tensor | None  # [M] logsumexp over the full vocabulary, if asked for
     argmax: Tensor | None  # [M] target id of the largest logit, if asked for
+
+    def logits(self, place: slice = slice(None)) -> Tensor:
+        """Logits over the draft vocabulary `[R, Vd]`, float32 (float64 for float64 targets)."""
+        logits = self.output.logits(self.hidden[place])
+        return logits.to(exact_dtype(logits.dtype))
 
 
 class AnswerSet(Dataset):
@@ -82,15 +89,25 @@ def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def target_tokens(target: Target, head: DraftHead, batch: Batch, full: bool) -> TargetTokens:
-    """The target's logits on the draft vocabulary; with `full` what needs the whole vocabulary."""
+    """The target's output on the draft vocabulary; with `full` what needs the whole vocabulary."""
     hidden = batch.hidden[batch.rows, batch.positions].to(target.dtype)  # [M, H]
-    ids = head.draft_ids
-    exact = torch.float64 if target.dtype == torch.float64 else torch.float32
-    if not full and ids is not None:
-        return TargetTokens(target.logits(hidden, ids).to(exact), None, None)
-    logits = target.logits(hidden).to(exact)  # [M, V]
-    lse, argmax = logits.logsumexp(-1), logits.argmax(-1)
-    return TargetTokens(logits if ids is None else logits[:, ids], lse, argmax)
+    lse = argmax = None
+    if full:
+        lse = torch.empty(len(hidden), dtype=exact_dtype(target.dtype), device=hidden.device)
+        argmax = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
+        for place in chunks(len(hidden), target.vocab_size):
+            logits = target.logits(hidden[place])  # [R, V]
+            lse[place] = logits.to(lse.dtype).logsumexp(-1)
+            argmax[place] = logits.argmax(-1)
+    return TargetTokens(hidden, target_output(target, head), lse, argmax)
+
+
+def target_output(target: Target, head: DraftHead) -> Output:
+    """The target's output layer over the draft vocabulary of a bound head."""
+    if not head.config.train_output:
+        return Output(head.output_rows.to(target.dtype), head.output_bias)
+    ids = slice(None) if head.draft_ids is None else head.draft_ids
+    return Output(target.output_rows.detach()[ids], head.output_bias)
 
 
 @torch.no_grad()
@@ -147,14 +164,18 @@ def _figures(head: DraftHead, objective: Objective, batch: Batch, tokens: Target
     begin = first_index(batch.positions, objective.unroll)
     states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin)
     assert tokens.argmax is not None
-    steps = []
-    for hidden in step_states(states, batch, begin):
-        logits = head.logits(hidden).to(tokens.logits.dtype)
-        loss = LOSSES[objective.loss](logits, tokens.logits, target_lse=tokens.lse)
-        shared = overlap(logits, tokens.logits, target_lse=tokens.lse)
-        match = head.to_target(logits.argmax(-1)) == tokens.argmax
-        steps.append(torch.stack([loss, shared, match.to(loss.dtype)]))
-    return torch.stack(steps, dim=1)
+    assert tokens.lse is not None
+    picked = step_states(states, batch, begin)
+    found = torch.empty(3, len(picked), len(tokens.hidden), dtype=tokens.lse.dtype)
+    for place in chunks(len(tokens.hidden), head.config.draft_vocab_size):
+        known, lse = tokens.logits(place), tokens.lse[place]
+        for step, hidden in enumerate(picked):
+            logits = head.logits(hidden[place]).to(known.dtype)
+            loss = LOSSES[objective.loss](logits, known, target_lse=lse)
+            shared = overlap(logits, known, target_lse=lse)
+            match = head.to_target(logits.argmax(-1)) == tokens.argmax[place]
+            found[:, step, place] = torch.stack([loss, shared, match.to(loss.dtype)]).cpu()
+    return found
 
 
 def _aligned(match: Tensor, batch: Batch) -> Tensor:
@@ -181,28 +202,28 @@ def step_losses(
     """
     begin = first_index(batch.positions, objective.unroll)
     states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin)
-    exact, distilled, total = tokens.logits.dtype, [], []
+    picked = torch.stack(step_states(states, batch, begin))  # [S, M, H]
+    distilled = chunked_losses(
+        objective.loss,
+        head.readout(picked),
+        draft_output(head),
+        tokens.hidden,
+        tokens.output,
+        tokens.lse,
+    )
+    if not head.feature_loss:
+        return distilled, distilled
+    feature = batch.hidden[batch.rows, batch.positions].to(distilled.dtype)
+    regression = [feature_regression(hidden.to(feature.dtype), feature) for hidden in picked]
+    return distilled, head.token_loss * distilled + head.feature_loss * torch.stack(regression)
 
-    def loss_of(rows: Tensor, place: slice) -> Tensor:
-        lse = None if tokens.lse is None else tokens.lse[place]
-        logits = head.project(rows).to(exact)
-        return LOSSES[objective.loss](logits, tokens.logits[place], target_lse=lse)
 
-    for hidden in step_states(states, batch, begin):
-        rows = head.readout(hidden)  # [M, H]
-        if torch.is_autocast_enabled(rows.device.type):  # cast here: autocast's cache of leaves
-            rows = rows.to(torch.get_autocast_dtype(rows.device.type))  # knows nothing of chunks
-        if head.config.train_output:  # the output rows need a gradient too
-            loss = loss_of(rows, slice(None))
-        else:
-            loss = per_token(rows, loss_of, tokens.logits.shape[1])
-        distilled.append(loss)
-        if head.feature_loss:
-            feature = batch.hidden[batch.rows, batch.positions].to(exact)
-            regression = feature_regression(hidden.to(exact), feature)
-            loss = head.token_loss * loss + head.feature_loss * regression
-        total.append(loss)
-    return torch.stack(distilled), torch.stack(total)
+def draft_output(head: DraftHead) -> Output:
+    """The head's output layer; in autocast's dtype where that is on, as a linear layer would be."""
+    rows, kind = head.output_weight, head.output_weight.device.type
+    if torch.is_autocast_enabled(kind):
+        rows = rows.to(torch.get_autocast_dtype(kind))
+    return Output(rows, head.output_bias)
 
 
 class Student(nn.Module):

@@ -159,8 +159,12 @@ class DraftHead(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """The output rows, and the target's bias where it has one: `[..., H]` -> `[..., Vd]`."""
-        rows = self.lm_head.weight if self.config.train_output else self.output_rows
-        return functional.linear(hidden, rows, self.output_bias)
+        return functional.linear(hidden, self.output_weight, self.output_bias)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output rows `[Vd, H]`: the head's own if they are trained, else the target's."""
+        return self.lm_head.weight if self.config.train_output else self.output_rows
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's embedding of tokens `[B, N]` -> `[B, N, H]`."""

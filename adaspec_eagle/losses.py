@@ -4,6 +4,7 @@ Each takes draft_logits `[N, Vd]`, target_logits `[N, Vd]` over the same ids and
 target's logsumexp over its full vocabulary `[N]` (None: the ids are the full vocabulary), and
 returns `[N]` in nats. Divergences renormalise the target on the draft vocabulary; what is about
 acceptance uses the target's full-vocabulary p. Masking, weighting and reduction happen elsewhere.
+Training takes them chunk by chunk with gradients written out (fused.py), which equal these.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,6 @@ from torch import Tensor
 from torch.nn import functional
 
 Loss = Callable[..., Tensor]
-
-CHUNK_NUMBERS = 1 << 19  # logits of one chunk: small enough to stay in a core's cache
 
 
 def forward_kl(
@@ -70,25 +69,3 @@ LOSSES: dict[str, Loss] = {
     "tv": total_variation,
 }
 FULL_VOCABULARY = {"tv"}  # losses that need target_lse
-
-
-def per_token(hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor], width: int) -> Tensor:
-    """Losses `[M]` of rows `[M, H]` without ever holding `[M, width]` numbers.
-
-    loss_of(rows of hidden, their place) gives one loss a row, which may depend on that row and on
-    constants only: no gradient reaches anything but `hidden`. Since rows are independent, each
-    chunk's gradient is taken at once and its logits dropped. Equal to loss_of(hidden, all), value
-    and gradient.
-    """
-    rows = max(1, CHUNK_NUMBERS // width)
-    places = [slice(begin, begin + rows) for begin in range(0, len(hidden), rows)]
-    if not (torch.is_grad_enabled() and hidden.requires_grad):
-        return torch.cat([loss_of(hidden[place], place) for place in places])
-    losses, gradients = [], []
-    for place in places:
-        chunk = hidden[place].detach().requires_grad_()
-        loss = loss_of(chunk, place)
-        gradients.append(torch.autograd.grad(loss.sum(), chunk)[0])
-        losses.append(loss.detach())
-    nothing = hidden - hidden.detach()  # zero, but for its gradient
-    return torch.cat(losses) + (nothing * torch.cat(gradients)).sum(-1)

@@ -17,7 +17,7 @@ HEADS = sorted(p.stem for p in (REPOSITORY / "heads").glob("*.py") if p.stem != 
 
 LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"errors", "paths", "stats"},
-    {"attention", "cache", "default_target", "tree", "losses", "selection", "record"},
+    {"attention", "cache", "default_target", "tree", "losses", "fused", "selection", "record"},
     {"targets", "verify"},
     {"head", "data", "features", "hub", "apart"},
     {"draft", "unroll"},

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from adaspec_eagle import losses
-from adaspec_eagle.losses import LOSSES, overlap, per_token
+from adaspec_eagle import fused
+from adaspec_eagle.fused import Output, chunked_losses
+from adaspec_eagle.losses import LOSSES, overlap
 
 
 def logits(seed: int, rows: int = 7, vocab: int = 11) -> torch.Tensor:
@@ -56,19 +57,47 @@ def test_acceptance_uses_the_full_vocabulary_and_divergences_do_not():
         torch.testing.assert_close(LOSSES[name](q, p, target_lse=lse), LOSSES[name](q, p))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
-def test_chunked_losses_equal_whole_ones_in_value_and_gradient(name, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_NUMBERS", 3 * 11)
-    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-    rows, target, weights = torch.randn(11, 5).double(), logits(0), torch.rand(7).double()
+def test_chunked_losses_equal_plain_ones_in_value_and_gradient(name, trained, bias, monkeypatch):
+    """In float64, with chunks and pieces that do not divide the tokens, and a weight a token."""
+    monkeypatch.setattr(fused, "CHUNK_NUMBERS", 3 * 11)
+    monkeypatch.setattr(fused, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(fused, "CACHED_NUMBERS", 2 * 11)
+    generator = torch.Generator().manual_seed(0)
 
-    def loss_of(chunk, place):
-        return LOSSES[name](chunk @ rows.t(), target[place])
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    found = per_token(hidden, loss_of, width=11)
-    wanted = loss_of(hidden, slice(None))
+    hidden, rows = draw(2, 7, 5).requires_grad_(), draw(11, 5).requires_grad_(trained)
+    draft = Output(rows, draw(11) if bias else None)
+    target, target_hidden = Output(draw(11, 5), draw(11) if bias else None), draw(7, 5)
+    known, weights = target.logits(target_hidden), draw(2, 7)
+    for lse in (None, known.logsumexp(-1) + 0.3):
+        found = chunked_losses(name, hidden, draft, target_hidden, target, lse)
+        wanted = torch.stack(
+            [LOSSES[name](draft.logits(step), known, target_lse=lse) for step in hidden]
+        )
+        torch.testing.assert_close(found, wanted)
+        inputs = [hidden, rows] if trained else [hidden]
+        ours = torch.autograd.grad((found * weights).sum(), inputs)
+        plain = torch.autograd.grad((wanted * weights).sum(), inputs)
+        torch.testing.assert_close(ours, plain)
+        with torch.no_grad():
+            again = chunked_losses(name, hidden, draft, target_hidden, target, lse)
+        assert torch.equal(again, found)
+
+
+def test_every_loss_has_its_gradient_written_out():
+    assert fused.RULES.keys() == LOSSES.keys()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_bfloat16_losses_are_those_of_their_logits(name):
+    """Only products are in bfloat16: of the logits that they give, losses are exact."""
+    draft, target = (Output(3 * torch.randn(200, 16).bfloat16()) for _ in range(2))
+    hidden, known = torch.randn(1, 9, 16).bfloat16(), torch.randn(9, 16).bfloat16()
+    found = chunked_losses(name, hidden, draft, known, target)[0]
+    wanted = LOSSES[name](draft.logits(hidden[0]).float(), target.logits(known).float())
     torch.testing.assert_close(found, wanted)
-    gradient = torch.autograd.grad((found * weights).sum(), hidden)[0]
-    torch.testing.assert_close(gradient, torch.autograd.grad((wanted * weights).sum(), hidden)[0])
-    with torch.no_grad():
-        torch.testing.assert_close(per_token(hidden, loss_of, width=11), wanted.detach())
