@@ -58,11 +58,20 @@ class TargetTokens:
 
 
 class AnswerSet(Dataset):
-    """Records as the Trainer reads them: token ids, loss mask and, with a table, target rows."""
+    """Records as the Trainer reads them: ids, loss mask; target rows, reference losses if given.
 
-    def __init__(self, records: Sequence[Record], table: FeatureTable | None = None) -> None:
+    `reference`: of each record the reference head's losses `[T, S]` by position (reference.py).
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        table: FeatureTable | None = None,
+        reference: Sequence[Tensor] | None = None,
+    ) -> None:
         self.records = records
         self.table = table
+        self.reference = reference
 
     def __len__(self) -> int:
         return len(self.records)
@@ -73,7 +82,11 @@ class AnswerSet(Dataset):
         mask = torch.zeros(len(ids), dtype=torch.bool)
         mask[len(record.prompt_ids) :] = True
         item = {"input_ids": ids, "loss_mask": mask}
-        return item if self.table is None else item | {"target_rows": self.table[index]}
+        if self.table is not None:
+            item["target_rows"] = self.table[index]
+        if self.reference is not None:
+            item["reference"] = self.reference[index]
+        return item
 
     def lengths(self) -> list[int]:
         """Tokens of each record, prompt included."""
@@ -81,7 +94,7 @@ class AnswerSet(Dataset):
 
 
 def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Pad on the right with zeros: ids `[B, T]`, loss_mask `[B, T]`, target_rows `[B, T, W]`."""
+    """Pad on the right with zeros: ids and loss_mask `[B, T]`, target_rows `[B, T, W]`, ..."""
     return {
         name: torch.nn.utils.rnn.pad_sequence([item[name] for item in items], batch_first=True)
         for name in items[0]
@@ -121,7 +134,10 @@ def make_batch(target: Target, head: DraftHead, item: Mapping[str, Tensor]) -> B
         rows = target_rows(target, ids, layers)
     features, hidden = split_rows(rows, target, layers)
     row, position = supervised(item["loss_mask"].to(target.device))
-    return Batch(ids, row, position, features, hidden)
+    known = item.get("reference")
+    if known is not None:
+        known = known.to(target.device)[row, position].t()  # [S, M]
+    return Batch(ids, row, position, features, hidden, known)
 
 
 @torch.no_grad()
@@ -316,9 +332,11 @@ class Distiller(Trainer):
         """Which tokens count, `[S, M]` booleans."""
         if self.objective.select == "none":
             return mask
-        assert self.reference is not None
-        with torch.no_grad():
-            reference, _ = step_losses(self.reference, self.objective, batch, tokens)
+        reference = batch.reference
+        if reference is None:
+            assert self.reference is not None
+            with torch.no_grad():
+                reference, _ = step_losses(self.reference, self.objective, batch, tokens)
         keep = self.objective.keep
         rows = [select(d, r, m, keep) for d, r, m in zip(losses, reference, mask, strict=True)]
         return torch.stack(rows)

@@ -94,7 +94,7 @@ def make_table(
         offsets.append(offsets[-1] + len(record))
     table = FeatureTable(_storage((offsets[-1], width), target.dtype, file), offsets)
     done = 0
-    for batch in _batches([len(record) for record in ids], batch_tokens):
+    for batch in length_batches([len(record) for record in ids], batch_tokens):
         longest = max(len(ids[i]) for i in batch)
         padded = torch.zeros(len(batch), longest, dtype=torch.long)
         for b, i in enumerate(batch):
@@ -119,7 +119,7 @@ def _storage(shape: tuple[int, int], dtype: torch.dtype, file: Path | None) -> T
     return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices grouped by length, the longest first, at most `batch_tokens` padded tokens each."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -22,7 +22,12 @@ from adaspec_eagle.features import MODES, FeatureTable, choose_mode, row_width
 from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new_head
 from adaspec_eagle.losses import LOSSES
 from adaspec_eagle.paths import default_cache_dir
-from adaspec_eagle.prepare import compute_features, draft_vocab, split_records
+from adaspec_eagle.prepare import (
+    compute_features,
+    compute_reference,
+    draft_vocab,
+    split_records,
+)
 from adaspec_eagle.record import environment, write_json, write_text
 from adaspec_eagle.selection import parse_keep
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
@@ -279,13 +284,16 @@ def _stage(
     say(f"training {folder}: selection {objective.select}, {epochs:g} epochs")
     head = _fresh_head(job, name)
     checkpoints = job.out / "checkpoints" / name
+    train = job.train
+    if reference is not None and train.table is not None and epochs >= 1:
+        train = compute_reference(job.target, reference, train, objective)
     trainer = Distiller(
         head,
         target=job.target,
         objective=objective,
         reference=reference,
         args=_arguments(job, checkpoints, epochs),
-        train_dataset=job.train,
+        train_dataset=train,
         eval_dataset=job.held_back,
         callbacks=[stop := StopGently(), ProgressLine()],
     )

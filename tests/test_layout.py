@@ -23,7 +23,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"draft", "unroll"},
     {"generate"},
     {"distill", "selfdata", "asks", "estimate"},
-    {"answers", "bench", "callbacks", "plots", "prepare"},
+    {"answers", "bench", "callbacks", "plots", "prepare", "reference"},
     {"train", "measure"},
     {"figures", "rescore"},
 ]
