@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
+from adaspec_eagle.attention import exact_dtype
 from adaspec_eagle.data import Record
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import FeatureTable, split_rows, target_rows
-from adaspec_eagle.fused import Output, chunked_losses, chunks, exact_dtype
+from adaspec_eagle.fused import Output, chunked_losses, chunks
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.losses import FULL_VOCABULARY, LOSSES, feature_regression, overlap
 from adaspec_eagle.selection import kept, select

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adaspec_eagle.attention import exact_dtype
+
 CHUNK_NUMBERS = 1 << 21  # logits a product makes for one step: enough rows to keep it busy
 CHUNK_ROWS = 64  # but not fewer rows than that, however large the vocabulary
 CACHED_NUMBERS = 1 << 18  # logits worked on at a time: small enough to stay in a core's cache
@@ -33,11 +35,6 @@ class Output:
         flat = hidden.to(self.rows.dtype).reshape(-1, hidden.shape[-1])  # one flat product: a
         # batched one, which linear takes for what is not contiguous, is far slower on CPU
         return functional.linear(flat, self.rows, self.bias).unflatten(0, hidden.shape[:-1])
-
-
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of losses and of their reductions: float32, or float64 for float64 logits."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def chunks(count: int, width: int) -> list[slice]:
