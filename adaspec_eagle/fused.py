@@ -16,7 +16,7 @@ from torch.nn import functional
 from adaspec_eagle.attention import exact_dtype
 
 CHUNK_NUMBERS = 1 << 21  # logits a product makes for one step: enough rows to keep it busy
-CHUNK_ROWS = 64  # but not fewer rows than that, however large the vocabulary
+CHUNK_ROWS = 256  # but not fewer rows than that, however large the vocabulary
 CACHED_NUMBERS = 1 << 18  # logits worked on at a time: small enough to stay in a core's cache
 
 Shared = tuple[Tensor, ...]
