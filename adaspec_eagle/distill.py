@@ -5,11 +5,13 @@ Legend: S unroll steps, B rows, T positions, H hidden, M supervised target posit
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
@@ -324,10 +326,27 @@ class Distiller(Trainer):
         distilled, losses = model(batch, tokens)  # [S, M]
         chosen = self.choose(distilled, mask, batch, tokens)
         assert isinstance(num_items_in_batch, Tensor)
+        if not bool(losses.detach().isfinite()[mask].all()):
+            raise UserError(self._not_finite(inputs))
         sums = torch.where(chosen, losses, 0.0).sum(1)  # [S]
         steps = torch.arange(len(sums), device=sums.device, dtype=sums.dtype)
         loss = (self.objective.decay**steps * sums / num_items_in_batch.clamp(min=1)).sum()
         return loss * self.accelerator.num_processes  # gradients are averaged over processes
+
+    def _not_finite(self, inputs: Mapping[str, Any]) -> str:
+        """Save the batch whose loss is not finite; what to say about it."""
+        batch, step = inputs["batch"], self.state.global_step + 1
+        path = (
+            Path(self.args.output_dir) / f"bad-batch-{step}-{self.args.process_index}.safetensors"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = {f.name: getattr(batch, f.name) for f in fields(batch)} | {"mask": inputs["mask"]}
+        save_file({k: v.cpu().contiguous() for k, v in kept.items() if v is not None}, path)
+        return (
+            f"the loss of step {step} is not finite; no step was taken with it. Its batch is in "
+            f"{path} (fields of unroll.Batch). Look for values there that are not finite or very "
+            "large; a lower --lr, or --resume from the last checkpoint, may help"
+        )
 
     def choose(self, losses: Tensor, mask: Tensor, batch: Batch, tokens: TargetTokens) -> Tensor:
         """Which tokens count, `[S, M]` booleans."""
@@ -376,11 +395,15 @@ class Distiller(Trainer):
         answers = self.train_dataset if train_dataset is None else train_dataset
         assert isinstance(answers, AnswerSet)
         rows = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        rows *= self.args.gradient_accumulation_steps  # as many processes or micro-batches: alike
         return LengthBuckets(answers.lengths(), rows, self.args.data_seed or self.args.seed)
 
 
 class LengthBuckets(Sampler):
-    """Shuffled batches of records of like length; the order follows from (seed, epoch) alone."""
+    """Shuffled windows of records of like length; the order follows from (seed, epoch) alone.
+
+    batch_size: records of a window, that is of all micro-batches and processes of a step.
+    """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths = torch.tensor(lengths)

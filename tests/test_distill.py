@@ -4,6 +4,7 @@ from decimal import Decimal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from adaspec_eagle.distill import (
@@ -263,6 +264,27 @@ def test_tau_sim_is_one_plus_the_mean_product_of_matches():
                 sums += sum(all(run[: s + 1]) for s in range(3))
     assert found["tau_sim"] == pytest.approx(1 + sums / places)
     assert found["match"] == pytest.approx([sum(m) / len(m) for m in matches])
+
+
+@pytest.mark.parametrize("select", ["none", "adaspec"])
+def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path, select):
+    target = tiny_target()
+    ids = [r.prompt_ids + r.answer_ids for r in RECORDS]
+    *_, (_, table) = make_table(target, ids, tiny_head(target).config.feature_layers)
+    table[3][4, 0] = torch.inf  # a feature of a record, and what follows from it
+    head = tiny_head(target).train()
+    before = {name: weight.clone() for name, weight in head.named_parameters()}
+    objective = Objective(select=select, unroll=2)
+    trainer = distiller(tmp_path, head, target, objective, 8, reference=tiny_head(target))
+    trainer.train_dataset = AnswerSet(RECORDS, table)
+    with pytest.raises(UserError, match="step 1 is not finite.*bad-batch-1-0"):
+        trainer.train()
+    saved = load_file(tmp_path / "bad-batch-1-0.safetensors")
+    (row, place), wanted = (saved["features"][..., 0].isinf()).nonzero()[0].tolist(), ids[3]
+    assert place == 4
+    assert saved["input_ids"][row, : len(wanted)].tolist() == wanted
+    assert saved["mask"].shape == (2, len(saved["positions"]))
+    assert all(torch.equal(weight, before[name]) for name, weight in head.named_parameters())
 
 
 def test_batches_hold_every_record_once_and_follow_from_seed_and_epoch():
