@@ -337,7 +337,8 @@ class Distiller(Trainer):
         """Save the batch whose loss is not finite; what to say about it."""
         batch, step = inputs["batch"], self.state.global_step + 1
         path = (
-            Path(self.args.output_dir) / f"bad-batch-{step}-{self.args.process_index}.safetensors"
+            Path(str(self.args.output_dir))
+            / f"bad-batch-{step}-{self.args.process_index}.safetensors"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = {f.name: getattr(batch, f.name) for f in fields(batch)} | {"mask": inputs["mask"]}

@@ -11,8 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from adaspec_eagle.data import Record
 from adaspec_eagle.distill import AnswerSet, Objective
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.features import FeatureTable, make_table
+from adaspec_eagle.features import FeatureTable, make_table, open_table
 from adaspec_eagle.head import DraftHead
+from adaspec_eagle.processes import is_main_process, main_first
 from adaspec_eagle.reference import reference_losses
 from adaspec_eagle.targets import Target
 
@@ -59,7 +60,12 @@ def compute_features(
         (out / "features").mkdir(exist_ok=True)
         file = out / "features" / "rows.bin"
     ids = [record.prompt_ids + record.answer_ids for record in records]
-    return _watched("features", sum(map(len, ids)), make_table(target, ids, layers, file))
+    if file is None:
+        return _watched("features", sum(map(len, ids)), make_table(target, ids, layers))
+    with main_first():  # one process fills the file, the others map it
+        if not is_main_process():
+            return open_table(target, ids, layers, file)
+        return _watched("features", sum(map(len, ids)), make_table(target, ids, layers, file))
 
 
 def compute_reference(
