@@ -4,6 +4,7 @@ Legend: S unroll steps, B rows, T positions, H hidden, M supervised target posit
 """
 
 import itertools
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
 from adaspec_eagle.attention import exact_dtype
 from adaspec_eagle.data import Record
@@ -23,6 +25,7 @@ from adaspec_eagle.features import FeatureTable, split_rows, target_rows
 from adaspec_eagle.fused import Output, chunked_losses, chunks
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.losses import FULL_VOCABULARY, LOSSES, feature_regression, overlap
+from adaspec_eagle.processes import all_meet
 from adaspec_eagle.selection import kept, select
 from adaspec_eagle.targets import Target
 from adaspec_eagle.unroll import Batch, first_index, step_masks, step_states, supervised, unroll
@@ -284,6 +287,7 @@ class Distiller(Trainer):
         self.target = target
         self.objective: Objective = objective
         self.reference = reference
+        self.aside: str | None = None  # where a checkpoint is being written
         # The loss is divided by the counts of get_batch_samples: no further division (the second
         # name is that of earlier versions of transformers).
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -391,6 +395,32 @@ class Distiller(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.aside or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Written aside and renamed when it is whole: a kill leaves no part of a checkpoint."""
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        whole = folder / name
+        self.aside = str(folder / "writing")
+        if self.args.should_save:
+            shutil.rmtree(self.aside, ignore_errors=True)
+        all_meet()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            made, self.aside = Path(self.aside) / name, None
+        all_meet()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(whole)
+        if self.args.should_save:
+            self.state.save_to_json(str(made / "trainer_state.json"))
+            shutil.rmtree(whole, ignore_errors=True)
+            made.rename(whole)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), self.args.save_total_limit, best, use_mtime=True)
+        all_meet()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         answers = self.train_dataset if train_dataset is None else train_dataset
