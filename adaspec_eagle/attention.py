@@ -6,6 +6,7 @@ Legend: B rows, N query tokens, T key columns, Hq and Hk query and key heads, D 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ class Unrolled:
 
     first: int
     begin: int
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax and losses: float32, or float64 for float64 input."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,8 +94,7 @@ def grouped_attention(
     folded = (query * scale).reshape(b * hk, (hq // hk) * n, d)  # [B Hk, G N, D]
     scores = torch.matmul(folded, key.flatten(0, 1).transpose(1, 2))  # [B Hk, G N, T]
     scores = scores.view(b, hq, n, t) + attention_mask
-    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    weights = scores.softmax(-1, dtype=exact).to(value.dtype)
+    weights = scores.softmax(-1, dtype=exact_dtype(query.dtype)).to(value.dtype)
     out = torch.matmul(weights.view(b * hk, (hq // hk) * n, t), value.flatten(0, 1))
     return out.view(b, hq, n, d).transpose(1, 2), None
 
@@ -100,27 +105,115 @@ def unrolled_attention(
     """Attention of one unrolled step: causal over step 0, diagonal over the later steps.
 
     query `[B, Hq, N, D]`; key, value `[B, Hk, first + S N, D]`, S the number of later steps. Costs
-    N x first scores and S a query, where a dense mask costs N x (first + S N). Returns
-    `[B, N, Hq, D]`; equal to dense attention under the same mask.
+    N x first scores and S a query, where a dense mask costs N x (first + S N). Scores are not kept
+    for the backward pass but computed again, on CPU a row at a time so that they stay in a core's
+    cache. Softmax in float32 (float64 for float64). Returns `[B, N, Hq, D]`; equal to dense
+    attention under the same mask, value and gradient.
     """
-    b, hq, n, d = query.shape
-    hk, g, first = key.shape[1], hq // key.shape[1], mask.first
-    query = query.view(b, hk, g, n, d) * (d**-0.5 if scaling is None else scaling)
-    later = (b, hk, 1, -1, n, d)
-    key_late, value_late = key[:, :, first:].view(later), value[:, :, first:].view(later)
-    near = (query[:, :, :, None] * key_late).sum(-1).transpose(-1, -2)  # [B, Hk, G, N, S]
-    far = torch.matmul(query.flatten(2, 3), key[:, :, :first].transpose(-1, -2))
-    columns = torch.arange(first, device=query.device)
-    rows = torch.arange(mask.begin, mask.begin + n, device=query.device)
-    hidden = columns[None, :] > rows[:, None]  # [N, first]
-    far = far.view(b, hk, g, n, first).masked_fill(hidden, torch.finfo(query.dtype).min)
-    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    weights = torch.cat([far, near], -1).softmax(-1, dtype=exact).to(value.dtype)
-    out = torch.matmul(weights[..., :first].flatten(2, 3), value[:, :, :first])
-    out = out.view(b, hk, g, n, d)
-    late_weights = weights[..., first:].transpose(-1, -2)[..., None]  # [B, Hk, G, S, N, 1]
-    out = out + (late_weights * value_late).sum(3)
-    return out.flatten(1, 2).transpose(1, 2)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _UnrolledAttention.apply(query * scale, key, value, mask)
+
+
+class _UnrolledAttention(torch.autograd.Function):
+    """(scaled query, key, value, mask) -> output, as `unrolled_attention`.
+
+    The softmax over all columns is that over step 0, `far`, times its share of the whole, and
+    beside it the weights of the later steps, `near`. G is Hq / Hk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Unrolled) -> Tensor:
+        b, hq, n, d = query.shape
+        hk, exact = key.shape[1], exact_dtype(query.dtype)
+        q, late = query.view(b, hk, hq // hk, n, d), (b, hk, 1, -1, n, d)
+        k_late, v_late = key[:, :, mask.first :].view(late), value[:, :, mask.first :].view(late)
+        near = (q[:, :, :, None] * k_late).sum(-1, dtype=exact).transpose(-1, -2)
+        out = torch.empty_like(q)  # [B, Hk, G, N, D]
+        lse = torch.empty(q.shape[:-1], dtype=exact, device=q.device)
+        for part in _rows(q):
+            weights, lse[part] = _far_weights(q[part], key[part], mask, near.shape[-1] > 0)
+            out[part] = _over_columns(weights, value[part, :, : mask.first])
+        share = torch.ones_like(lse)  # of the columns of step 0
+        if near.shape[-1]:
+            whole = torch.logaddexp(lse, near.logsumexp(-1))
+            share, near = (lse - whole).exp_(), (near - whole[..., None]).exp_()  # [.., N, S]
+            out *= share[..., None].to(out.dtype)
+            out += (near.to(out.dtype).transpose(-1, -2)[..., None] * v_late).sum(3)
+        ctx.mask = mask
+        ctx.save_for_backward(q, key, value, share, near, out)
+        return out.flatten(1, 2).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, key, value, share, near, out = ctx.saved_tensors
+        mask, first = ctx.mask, ctx.mask.first
+        b, hk, g, n, d = q.shape
+        by_out = upstream[0].transpose(1, 2).reshape(q.shape)  # [B, Hk, G, N, D]
+        mean = (by_out * out).sum(-1, dtype=share.dtype)  # [B, Hk, G, N]
+        by_q, by_key, by_value = (torch.empty_like(t) for t in (q, key, value))
+        shared, far_mean = by_out * share[..., None].to(q.dtype), mean * share
+        for part in _rows(q):
+            weights, _ = _far_weights(q[part], key[part], mask, False)
+            scores = _against_columns(shared[part], value[part, :, :first])  # by the weights
+            by_value[part, :, :first] = _by_columns(weights, shared[part])
+            scores = (scores - far_mean[part][..., None]).mul_(weights).to(q.dtype)
+            by_q[part] = _over_columns(scores, key[part, :, :first])
+            by_key[part, :, :first] = _by_columns(scores, q[part])
+        if near.shape[-1]:
+            late = (b, hk, -1, n, d)
+            k_late, v_late = key[:, :, first:].view(late), value[:, :, first:].view(late)
+            by_near = (by_out[:, :, :, None] * v_late[:, :, None]).sum(-1, dtype=near.dtype)
+            by_near = (near.transpose(-1, -2) * (by_near - mean[:, :, :, None])).to(q.dtype)
+            near = near.to(q.dtype).transpose(-1, -2)  # [B, Hk, G, S, N], as by_near
+            by_q += (by_near[..., None] * k_late[:, :, None]).sum(3)
+            by_key[:, :, first:] = (by_near[..., None] * q[:, :, :, None]).sum(2).flatten(2, 3)
+            by_late = (near[..., None] * by_out[:, :, :, None]).sum(2)
+            by_value[:, :, first:] = by_late.flatten(2, 3)
+        return by_q.flatten(1, 2), by_key, by_value, None
+
+
+def _rows(query: Tensor) -> list[slice]:
+    """Batch rows to work on at a time: one on CPU, else all."""
+    size = 1 if query.device.type == "cpu" else len(query)
+    return [slice(begin, begin + size) for begin in range(0, len(query), size)]
+
+
+def _far_weights(
+    query: Tensor, key: Tensor, mask: Unrolled, want_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """Softmax over step 0's columns `[B, Hk, G, N, first]` and its logsumexp `[B, Hk, G, N]`."""
+    columns = torch.arange(mask.first, device=query.device)
+    rows = torch.arange(mask.begin, mask.begin + query.shape[3], device=query.device)
+    hidden = torch.zeros(
+        len(rows), len(columns), dtype=exact_dtype(query.dtype), device=query.device
+    )
+    hidden.masked_fill_(columns[None, :] > rows[:, None], -torch.inf)
+    scores = _against_columns(query, key[:, :, : mask.first]) + hidden
+    weights = scores.softmax(-1)
+    if not want_lse:
+        return weights, weights.new_zeros(())
+    return weights, scores.amax(-1) - weights.amax(-1).log()
+
+
+def _against_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """`[B, Hk, G, N, D]` and `[B, Hk, T, D]` -> products `[B, Hk, G, N, T]`."""
+    b, hk, g, n, d = x.shape
+    flat = torch.bmm(x.reshape(b * hk, g * n, d), columns.reshape(b * hk, -1, d).transpose(1, 2))
+    return flat.view(b, hk, g, n, -1)
+
+
+def _over_columns(weights: Tensor, columns: Tensor) -> Tensor:
+    """`[B, Hk, G, N, T]` and `[B, Hk, T, D]` -> sums over the columns `[B, Hk, G, N, D]`."""
+    b, hk, g, n, t = weights.shape
+    flat = weights.to(columns.dtype).reshape(b * hk, g * n, t)
+    return torch.bmm(flat, columns.reshape(b * hk, t, -1)).view(b, hk, g, n, -1)
+
+
+def _by_columns(weights: Tensor, x: Tensor) -> Tensor:
+    """`[B, Hk, G, N, T]` and `[B, Hk, G, N, D]` -> sums over G and N `[B, Hk, T, D]`."""
+    b, hk, g, n, t = weights.shape
+    flat = weights.to(x.dtype).reshape(b * hk, g * n, t)
+    return torch.bmm(flat.transpose(1, 2), x.reshape(b * hk, g * n, -1)).view(b, hk, t, -1)
 
 
 def register() -> None:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from adaspec_eagle.errors import UserError
+from adaspec_eagle.processes import any_of, is_main_process
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -49,8 +50,8 @@ class StopGently(TrainerCallback):
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Save and stop if asked."""
-        if self.asked:
+        """Save and stop if any process was asked to."""
+        if any_of(self.asked):
             control.should_save = control.should_training_stop = True
         return control
 
@@ -72,5 +73,6 @@ class ProgressLine(TrainerCallback):
 
 
 def say(text: str) -> None:
-    """A line for the user, on stderr."""
-    sys.stderr.write(text + "\n")
+    """A line for the user, on stderr, from one of several processes."""
+    if is_main_process():
+        sys.stderr.write(text + "\n")

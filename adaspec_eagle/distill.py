@@ -4,23 +4,29 @@ Legend: S unroll steps, B rows, T positions, H hidden, M supervised target posit
 """
 
 import itertools
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
+from adaspec_eagle.attention import exact_dtype
 from adaspec_eagle.data import Record
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import FeatureTable, split_rows, target_rows
-from adaspec_eagle.fused import Output, chunked_losses, chunks, exact_dtype
+from adaspec_eagle.fused import Output, chunked_losses, chunks
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.losses import FULL_VOCABULARY, LOSSES, feature_regression, overlap
 from adaspec_eagle.optim import make_optimizer
+from adaspec_eagle.processes import all_meet
 from adaspec_eagle.selection import kept, select
 from adaspec_eagle.targets import Target
 from adaspec_eagle.unroll import Batch, first_index, step_masks, step_states, supervised, unroll
@@ -59,11 +65,20 @@ class TargetTokens:
 
 
 class AnswerSet(Dataset):
-    """Records as the Trainer reads them: token ids, loss mask and, with a table, target rows."""
+    """Records as the Trainer reads them: ids, loss mask; target rows, reference losses if given.
 
-    def __init__(self, records: Sequence[Record], table: FeatureTable | None = None) -> None:
+    `reference`: of each record the reference head's losses `[T, S]` by position (reference.py).
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        table: FeatureTable | None = None,
+        reference: Sequence[Tensor] | None = None,
+    ) -> None:
         self.records = records
         self.table = table
+        self.reference = reference
 
     def __len__(self) -> int:
         return len(self.records)
@@ -74,7 +89,11 @@ class AnswerSet(Dataset):
         mask = torch.zeros(len(ids), dtype=torch.bool)
         mask[len(record.prompt_ids) :] = True
         item = {"input_ids": ids, "loss_mask": mask}
-        return item if self.table is None else item | {"target_rows": self.table[index]}
+        if self.table is not None:
+            item["target_rows"] = self.table[index]
+        if self.reference is not None:
+            item["reference"] = self.reference[index]
+        return item
 
     def lengths(self) -> list[int]:
         """Tokens of each record, prompt included."""
@@ -82,7 +101,7 @@ class AnswerSet(Dataset):
 
 
 def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Pad on the right with zeros: ids `[B, T]`, loss_mask `[B, T]`, target_rows `[B, T, W]`."""
+    """Pad on the right with zeros: ids and loss_mask `[B, T]`, target_rows `[B, T, W]`, ..."""
     return {
         name: torch.nn.utils.rnn.pad_sequence([item[name] for item in items], batch_first=True)
         for name in items[0]
@@ -122,7 +141,10 @@ def make_batch(target: Target, head: DraftHead, item: Mapping[str, Tensor]) -> B
         rows = target_rows(target, ids, layers)
     features, hidden = split_rows(rows, target, layers)
     row, position = supervised(item["loss_mask"].to(target.device))
-    return Batch(ids, row, position, features, hidden)
+    known = item.get("reference")
+    if known is not None:
+        known = known.to(target.device)[row, position].t()  # [S, M]
+    return Batch(ids, row, position, features, hidden, known)
 
 
 @torch.no_grad()
@@ -268,6 +290,7 @@ class Distiller(Trainer):
         self.objective: Objective = objective
         self.reference = reference
         self.optimizer_name = optimizer
+        self.aside: str | None = None  # where a checkpoint is being written
         # The loss is divided by the counts of get_batch_samples: no further division (the second
         # name is that of earlier versions of transformers).
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -319,18 +342,38 @@ class Distiller(Trainer):
         distilled, losses = model(batch, tokens)  # [S, M]
         chosen = self.choose(distilled, mask, batch, tokens)
         assert isinstance(num_items_in_batch, Tensor)
+        if not bool(losses.detach().isfinite()[mask].all()):
+            raise UserError(self._not_finite(inputs))
         sums = torch.where(chosen, losses, 0.0).sum(1)  # [S]
         steps = torch.arange(len(sums), device=sums.device, dtype=sums.dtype)
         loss = (self.objective.decay**steps * sums / num_items_in_batch.clamp(min=1)).sum()
         return loss * self.accelerator.num_processes  # gradients are averaged over processes
 
+    def _not_finite(self, inputs: Mapping[str, Any]) -> str:
+        """Save the batch whose loss is not finite; what to say about it."""
+        batch, step = inputs["batch"], self.state.global_step + 1
+        path = (
+            Path(str(self.args.output_dir))
+            / f"bad-batch-{step}-{self.args.process_index}.safetensors"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = {f.name: getattr(batch, f.name) for f in fields(batch)} | {"mask": inputs["mask"]}
+        save_file({k: v.cpu().contiguous() for k, v in kept.items() if v is not None}, path)
+        return (
+            f"the loss of step {step} is not finite; no step was taken with it. Its batch is in "
+            f"{path} (fields of unroll.Batch). Look for values there that are not finite or very "
+            "large; a lower --lr, or --resume from the last checkpoint, may help"
+        )
+
     def choose(self, losses: Tensor, mask: Tensor, batch: Batch, tokens: TargetTokens) -> Tensor:
         """Which tokens count, `[S, M]` booleans."""
         if self.objective.select == "none":
             return mask
-        assert self.reference is not None
-        with torch.no_grad():
-            reference, _ = step_losses(self.reference, self.objective, batch, tokens)
+        reference = batch.reference
+        if reference is None:
+            assert self.reference is not None
+            with torch.no_grad():
+                reference, _ = step_losses(self.reference, self.objective, batch, tokens)
         keep = self.objective.keep
         rows = [select(d, r, m, keep) for d, r, m in zip(losses, reference, mask, strict=True)]
         return torch.stack(rows)
@@ -365,15 +408,45 @@ class Distiller(Trainer):
         )
         return metrics
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.aside or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Written aside and renamed when it is whole: a kill leaves no part of a checkpoint."""
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        whole = folder / name
+        self.aside = str(folder / "writing")
+        if self.args.should_save:
+            shutil.rmtree(self.aside, ignore_errors=True)
+        all_meet()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            made, self.aside = Path(self.aside) / name, None
+        all_meet()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(whole)
+        if self.args.should_save:
+            self.state.save_to_json(str(made / "trainer_state.json"))
+            shutil.rmtree(whole, ignore_errors=True)
+            made.rename(whole)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), self.args.save_total_limit, best, use_mtime=True)
+        all_meet()
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         answers = self.train_dataset if train_dataset is None else train_dataset
         assert isinstance(answers, AnswerSet)
         rows = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        rows *= self.args.gradient_accumulation_steps  # as many processes or micro-batches: alike
         return LengthBuckets(answers.lengths(), rows, self.args.data_seed or self.args.seed)
 
 
 class LengthBuckets(Sampler):
-    """Shuffled batches of records of like length; the order follows from (seed, epoch) alone."""
+    """Shuffled windows of records of like length; the order follows from (seed, epoch) alone.
+
+    batch_size: records of a window, that is of all micro-batches and processes of a step.
+    """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths = torch.tensor(lengths)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adaspec_eagle.errors import UserError
+from adaspec_eagle.processes import process_count
 from adaspec_eagle.targets import Target
 
 MODES = ("memory", "disk", "recompute")
@@ -58,7 +59,7 @@ class FeatureTable:
 def choose_mode(lengths: Sequence[int], width: int, dtype: torch.dtype, folder: Path) -> str:
     """Where features fit: a third of the free memory, else half of the free disk, else nowhere."""
     size = table_bytes(lengths, width, dtype)
-    if size < free_memory() / 3:
+    if size < free_memory() / 3 / process_count():
         return "memory"
     return "disk" if size < shutil.disk_usage(folder).free / 2 else "recompute"
 
@@ -88,13 +89,8 @@ def make_table(
 
     In memory, or in `file` if given (mapped; made anew). Records of like length run together.
     """
-    width = row_width(target, layers)
-    offsets = [0]
-    for record in ids:
-        offsets.append(offsets[-1] + len(record))
-    table = FeatureTable(_storage((offsets[-1], width), target.dtype, file), offsets)
-    done = 0
-    for batch in _batches([len(record) for record in ids], batch_tokens):
+    table, done = open_table(target, ids, layers, file), 0
+    for batch in length_batches([len(record) for record in ids], batch_tokens):
         longest = max(len(ids[i]) for i in batch)
         padded = torch.zeros(len(batch), longest, dtype=torch.long)
         for b, i in enumerate(batch):
@@ -106,11 +102,22 @@ def make_table(
         yield done, table
 
 
+def open_table(
+    target: Target, ids: Sequence[Sequence[int]], layers: Sequence[int], file: Path | None = None
+) -> FeatureTable:
+    """The table of these records: empty in memory, or as it is in `file`."""
+    offsets = [0]
+    for record in ids:
+        offsets.append(offsets[-1] + len(record))
+    shape = (offsets[-1], row_width(target, layers))
+    return FeatureTable(_storage(shape, target.dtype, file), offsets)
+
+
 def _storage(shape: tuple[int, int], dtype: torch.dtype, file: Path | None) -> Tensor:
     if file is None:
         return torch.empty(shape, dtype=dtype)
     count = shape[0] * shape[1]
-    free = shutil.disk_usage(file.parent).free
+    free = shutil.disk_usage(file.parent).free + (file.stat().st_size if file.exists() else 0)
     if count * dtype.itemsize > free:
         raise UserError(
             f"{file} needs {count * dtype.itemsize / 1e9:.1f} GB for features, the disk has "
@@ -119,7 +126,7 @@ def _storage(shape: tuple[int, int], dtype: torch.dtype, file: Path | None) -> T
     return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices grouped by length, the longest first, at most `batch_tokens` padded tokens each."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

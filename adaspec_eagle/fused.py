@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adaspec_eagle.attention import exact_dtype
+
 CHUNK_NUMBERS = 1 << 21  # logits a product makes for one step: enough rows to keep it busy
-CHUNK_ROWS = 64  # but not fewer rows than that, however large the vocabulary
-CACHED_NUMBERS = 1 << 19  # logits worked on at a time: small enough to stay in a core's cache
+CHUNK_ROWS = 256  # but not fewer rows than that, however large the vocabulary
+CACHED_NUMBERS = 1 << 18  # logits worked on at a time: small enough to stay in a core's cache
 
 Shared = tuple[Tensor, ...]
 Result = tuple[Tensor, Tensor | None]  # values [R], gradient with respect to the logits [R, Vd]
@@ -30,12 +32,9 @@ class Output:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., H]` -> `[..., Vd]`, in the dtype of the rows."""
-        return functional.linear(hidden.to(self.rows.dtype), self.rows, self.bias)
-
-
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of losses and of their reductions: float32, or float64 for float64 logits."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+        flat = hidden.to(self.rows.dtype).reshape(-1, hidden.shape[-1])  # one flat product: a
+        # batched one, which linear takes for what is not contiguous, is far slower on CPU
+        return functional.linear(flat, self.rows, self.bias).unflatten(0, hidden.shape[:-1])
 
 
 def chunks(count: int, width: int) -> list[slice]:
@@ -185,7 +184,7 @@ class _Chunked(torch.autograd.Function):
         for place, values, by_logits in _walk(hidden, rows, work, at_once):
             losses[:, place] = values
             if gradients is not None:
-                gradients[:, place] = by_logits @ rows
+                gradients[:, place] = _product(by_logits, rows)
         if gradients is not None:
             ctx.save_for_backward(gradients)
         else:
@@ -202,12 +201,17 @@ class _Chunked(torch.autograd.Function):
         return *_weighted(hidden, rows, ctx.work, weights), None
 
 
+def _product(by_logits: Tensor, rows: Tensor) -> Tensor:
+    """`[S, R, Vd]` times `[Vd, H]`, as one flat product."""
+    return (by_logits.flatten(0, 1) @ rows).unflatten(0, by_logits.shape[:2])
+
+
 def _weighted(hidden: Tensor, rows: Tensor, work: Work, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of hidden and rows of the sum of losses x weights `[S, M]`."""
     by_hidden = torch.empty_like(hidden)
     by_rows = torch.zeros_like(rows, dtype=exact_dtype(rows.dtype))
     for place, _, by_logits in _walk(hidden, rows, work, wanted=True):
         by_logits *= weights[:, place, None].to(by_logits.dtype)
-        by_hidden[:, place] = by_logits @ rows
+        by_hidden[:, place] = _product(by_logits, rows)
         by_rows += by_logits.flatten(0, 1).t() @ hidden[:, place].flatten(0, 1)
     return by_hidden, by_rows.to(rows.dtype)

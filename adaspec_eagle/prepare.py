@@ -1,16 +1,23 @@
-"""From records to what training reads: the split, the draft vocabulary, the feature table."""
+"""From records to what training reads: split, draft vocabulary, features, reference losses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from adaspec_eagle.data import Record
+from adaspec_eagle.distill import AnswerSet, Objective
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.features import FeatureTable, make_table
+from adaspec_eagle.features import FeatureTable, make_table, open_table
+from adaspec_eagle.head import DraftHead
+from adaspec_eagle.processes import is_main_process, main_first
+from adaspec_eagle.reference import reference_losses
 from adaspec_eagle.targets import Target
+
+Found = TypeVar("Found")
 
 
 def split_records(
@@ -53,20 +60,33 @@ def compute_features(
         (out / "features").mkdir(exist_ok=True)
         file = out / "features" / "rows.bin"
     ids = [record.prompt_ids + record.answer_ids for record in records]
-    columns = (
-        TextColumn("features"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tokens, left"),
-    )
-    console = Console(stderr=True)
-    total, shown = sum(map(len, ids)), 0
+    if file is None:
+        return _watched("features", sum(map(len, ids)), make_table(target, ids, layers))
+    with main_first():  # one process fills the file, the others map it
+        if not is_main_process():
+            return open_table(target, ids, layers, file)
+        return _watched("features", sum(map(len, ids)), make_table(target, ids, layers, file))
+
+
+def compute_reference(
+    target: Target, reference: DraftHead, answers: AnswerSet, objective: Objective
+) -> AnswerSet:
+    """The same records with the reference head's losses, with a progress bar."""
+    steps = reference_losses(target, reference, answers, objective)
+    known = _watched("reference losses", sum(answers.lengths()), steps)
+    return AnswerSet(answers.records, answers.table, known)
+
+
+def _watched(what: str, total: int, steps: Iterator[tuple[int, Found]]) -> Found:
+    """The last thing that `steps` of (tokens done, thing) yields, under a progress bar."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("tokens, left"))
+    console, shown = Console(stderr=True), 0
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=total)
-        for done, filled in make_table(target, ids, layers, file):
+        for done, filled in steps:
             bar.update(task, completed=done)
             if not console.is_terminal and done * 10 // total > shown:  # a log gets ten lines
                 shown = done * 10 // total
-                bar.console.print(f"features: {done:,} of {total:,} tokens", highlight=False)
-            table = filled
-    return table
+                bar.console.print(f"{what}: {done:,} of {total:,} tokens", highlight=False)
+            found = filled
+    return found

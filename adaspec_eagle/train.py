@@ -1,7 +1,6 @@
 """The training job: data, reference head, draft head, and what is written beside them."""
 
 import json
-import os
 import time
 import zlib
 from collections import Counter
@@ -23,7 +22,20 @@ from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new
 from adaspec_eagle.losses import LOSSES
 from adaspec_eagle.optim import OPTIMIZERS
 from adaspec_eagle.paths import default_cache_dir
-from adaspec_eagle.prepare import compute_features, draft_vocab, split_records
+from adaspec_eagle.prepare import (
+    compute_features,
+    compute_reference,
+    draft_vocab,
+    split_records,
+)
+from adaspec_eagle.processes import (
+    agreed,
+    all_meet,
+    is_main_process,
+    join_processes,
+    main_first,
+    process_count,
+)
 from adaspec_eagle.record import environment, write_json, write_text
 from adaspec_eagle.selection import parse_keep
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
@@ -115,12 +127,13 @@ class Job:
 def run_training(config: TrainConfig, out: Path, resume: bool = False) -> Path:
     """Train OUT/reference (where the selection needs one) and OUT/head; the latter's folder.
 
-    A finished stage is not run again when resuming. Raises UserError for bad input, Interrupted
-    when Ctrl-C stopped it after a checkpoint.
+    Under `accelerate launch` all processes call this. A finished stage is not run again when
+    resuming. Raises UserError for bad input, Interrupted when Ctrl-C stopped it after a checkpoint.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training in several processes is not supported: start a single one")
-    config = _settle(config, out, resume)
+    device = join_processes(config.device)
+    with main_first():
+        config = _settle(config, out, resume)
+    config.device = device or config.device
     kind = head_class(config.head)
     target = Target.load(config.target, config.dtype, config.device)
     say(describe(target))
@@ -200,7 +213,8 @@ def _settle(config: TrainConfig, out: Path, resume: bool) -> TrainConfig:
 
 def _prepare(config: TrainConfig, out: Path, target: Target, given: dict[str, DraftHead]) -> Job:
     """Read or make the data, choose the draft vocabulary, compute the features."""
-    config.data = config.data or [str(_self_written(config, target, out))]
+    with main_first():
+        config.data = config.data or [str(_self_written(config, target, out))]
     paths = config.data
     records = load_training(paths, target, min(config.max_length, target.context))
     train, held = split_records(records, config.held_back, config.seed)
@@ -229,7 +243,7 @@ def _prepare(config: TrainConfig, out: Path, target: Target, given: dict[str, Dr
     lengths = AnswerSet([*train, *held]).lengths()
     if config.features is None:
         width = row_width(target, layers)
-        config.features = choose_mode(lengths, width, target.dtype, out)
+        config.features = agreed(choose_mode(lengths, width, target.dtype, out))
     facts["features"] = config.features
     _pin(config, out, facts | {"draft_ids": zlib.crc32(vocab.numpy().tobytes())})
     tables: list[FeatureTable | None] = [None, None]
@@ -256,7 +270,8 @@ def _pin(config: TrainConfig, out: Path, facts: dict[str, Any]) -> None:
                 f"the data of {out} have changed since it began ({name} {saved['data'][name]}, now "
                 f"{facts[name]}); put them back, or start again with another --out"
             )
-    write_json(out / "run.json", saved | {"config": asdict(config), "data": facts})
+    if is_main_process():
+        write_json(out / "run.json", saved | {"config": asdict(config), "data": facts})
 
 
 def _self_written(config: TrainConfig, target: Target, out: Path) -> Path:
@@ -285,6 +300,10 @@ def _stage(
     say(f"training {folder}: selection {objective.select}, {epochs:g} epochs")
     head = _fresh_head(job, name)
     checkpoints = job.out / "checkpoints" / name
+    train = job.train
+    alone = process_count() == 1  # else each would make the others' share of the pass, too
+    if reference is not None and train.table is not None and epochs >= 1 and alone:
+        train = compute_reference(job.target, reference, train, objective)
     trainer = Distiller(
         head,
         target=job.target,
@@ -292,7 +311,7 @@ def _stage(
         reference=reference,
         optimizer=job.config.optimizer,
         args=_arguments(job, checkpoints, epochs),
-        train_dataset=job.train,
+        train_dataset=train,
         eval_dataset=job.held_back,
         callbacks=[stop := StopGently(), ProgressLine()],
     )
@@ -320,7 +339,9 @@ def _stage(
         "environment": environment(),
         "curves": trainer.state.log_history,
     }
-    head.eval().to(job.target.dtype).save(folder, notes)
+    if is_main_process():
+        head.eval().to(job.target.dtype).save(folder, notes)
+    all_meet()
     return folder
 
 
@@ -347,7 +368,7 @@ def _fresh_head(job: Job, name: str) -> DraftHead:
 def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
     """The Trainer's arguments for one stage."""
     config = job.config
-    window = config.batch_size * config.accumulate
+    window = config.batch_size * config.accumulate * process_count()
     steps = max(1, round(len(job.train) / window * epochs))
     every = max(1, steps // config.evaluations)
     made = TrainingArguments(
@@ -375,6 +396,8 @@ def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
         report_to=["tensorboard"],
         remove_unused_columns=False,
         label_names=[],
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         dataloader_pin_memory=False,
         seed=config.seed,
     )

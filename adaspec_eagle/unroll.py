@@ -22,6 +22,7 @@ class Batch:
     positions: Tensor  # [M] position p whose next token p + 1 is an answer token
     features: Tensor  # [B, T, F * H]
     hidden: Tensor  # [B, T, H], the target's last hidden states
+    reference: Tensor | None = None  # [S, M] losses of the reference head, if known beforehand
 
 
 def supervised(loss_mask: Tensor) -> tuple[Tensor, Tensor]:

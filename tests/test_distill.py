@@ -4,6 +4,7 @@ from decimal import Decimal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from adaspec_eagle.distill import (
@@ -20,6 +21,7 @@ from adaspec_eagle.distill import (
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import make_table, split_rows, target_rows
 from adaspec_eagle.losses import forward_kl
+from adaspec_eagle.reference import reference_losses
 from adaspec_eagle.selection import select
 from adaspec_eagle.unroll import step_masks, unroll
 from tests.records import record
@@ -28,7 +30,7 @@ from tests.tiny import tiny_head, tiny_target
 RECORDS = [record(2 + n % 3, 5 + n, seed=n) for n in range(8)]
 
 
-def distiller(tmp_path, head, target, objective, batch=8, accumulate=1, reference=None):
+def distiller(tmp_path, head, target, objective, batch=8, accumulate=1, reference=None, known=None):
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=batch,
@@ -49,12 +51,14 @@ def distiller(tmp_path, head, target, objective, batch=8, accumulate=1, referenc
         objective=objective,
         reference=reference,
         args=arguments,
-        train_dataset=AnswerSet(RECORDS),
+        train_dataset=AnswerSet(RECORDS, reference=known),
         eval_dataset=AnswerSet(RECORDS),
     )
 
 
-def trained_gradients(tmp_path, batch, accumulate, objective, reference=False, name="eagle3"):
+def trained_gradients(
+    tmp_path, batch, accumulate, objective, reference=False, name="eagle3", known=False
+):
     """Gradients of one optimiser step over all eight records."""
     target = tiny_target()
     head = tiny_head(target, name).train()
@@ -63,7 +67,11 @@ def trained_gradients(tmp_path, batch, accumulate, objective, reference=False, n
         with torch.no_grad():
             for weight in other.parameters():
                 weight.mul_(1.2)
-    trainer = distiller(tmp_path, head, target, objective, batch, accumulate, other)
+    losses = None
+    if known:
+        *_, (_, losses) = reference_losses(target, other, AnswerSet(RECORDS), objective)
+        other.fuse = None  # must not run again
+    trainer = distiller(tmp_path, head, target, objective, batch, accumulate, other, losses)
     found = {}
 
     def remember(*args, **kwargs):
@@ -114,6 +122,29 @@ def test_adaspec_gradient_is_that_of_its_equation(tmp_path):
     total.backward()
     for name, weight in head.named_parameters():
         torch.testing.assert_close(found[name], weight.grad, rtol=1e-5, atol=1e-9)
+
+
+def test_reference_losses_known_beforehand_give_the_same_gradient(tmp_path):
+    """The pass over all records against one in each step, which then must not happen."""
+    objective = Objective(select="adaspec", keep=Decimal("0.4"), unroll=2)
+    wanted = trained_gradients(tmp_path, 4, 2, objective, True)
+    known = trained_gradients(tmp_path, 4, 2, objective, True, known=True)
+    for weight in wanted:
+        torch.testing.assert_close(known[weight], wanted[weight], rtol=1e-9, atol=1e-12)
+
+
+def test_reference_losses_stand_at_the_positions_that_predict():
+    target = tiny_target()
+    reference, objective = tiny_head(target), Objective(unroll=2, loss="tv")
+    *_, (done, found) = reference_losses(target, reference, AnswerSet(RECORDS), objective, 20)
+    assert done == sum(AnswerSet(RECORDS).lengths())
+    for made, losses in zip(RECORDS, found, strict=True):
+        batch = make_batch(target, reference, collate([AnswerSet([made])[0]]))
+        tokens = target_tokens(target, reference, batch, full=True)
+        wanted, _ = step_losses(reference, objective, batch, tokens)
+        torch.testing.assert_close(losses[len(made.prompt_ids) - 1 : -1], wanted.t())
+        assert not losses[: len(made.prompt_ids) - 1].any()
+        assert not losses[-1].any()
 
 
 def test_losses_compare_step_s_at_i_with_the_target_at_i_1_s():
@@ -233,6 +264,27 @@ def test_tau_sim_is_one_plus_the_mean_product_of_matches():
                 sums += sum(all(run[: s + 1]) for s in range(3))
     assert found["tau_sim"] == pytest.approx(1 + sums / places)
     assert found["match"] == pytest.approx([sum(m) / len(m) for m in matches])
+
+
+@pytest.mark.parametrize("select", ["none", "adaspec"])
+def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path, select):
+    target = tiny_target()
+    ids = [r.prompt_ids + r.answer_ids for r in RECORDS]
+    *_, (_, table) = make_table(target, ids, tiny_head(target).config.feature_layers)
+    table[3][4, 0] = torch.inf  # a feature of a record, and what follows from it
+    head = tiny_head(target).train()
+    before = {name: weight.clone() for name, weight in head.named_parameters()}
+    objective = Objective(select=select, unroll=2)
+    trainer = distiller(tmp_path, head, target, objective, 8, reference=tiny_head(target))
+    trainer.train_dataset = AnswerSet(RECORDS, table)
+    with pytest.raises(UserError, match="step 1 is not finite.*bad-batch-1-0"):
+        trainer.train()
+    saved = load_file(tmp_path / "bad-batch-1-0.safetensors")
+    (row, place), wanted = (saved["features"][..., 0].isinf()).nonzero()[0].tolist(), ids[3]
+    assert place == 4
+    assert saved["input_ids"][row, : len(wanted)].tolist() == wanted
+    assert saved["mask"].shape == (2, len(saved["positions"]))
+    assert all(torch.equal(weight, before[name]) for name, weight in head.named_parameters())
 
 
 def test_batches_hold_every_record_once_and_follow_from_seed_and_epoch():

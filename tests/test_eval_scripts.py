@@ -317,3 +317,19 @@ def test_rows_of_unequal_length_count_the_same_alone_and_in_a_batch():
     summed = total([one for _, one in alone])
     assert (stats.rounds, stats.new_tokens) == (summed.rounds, summed.new_tokens)
     assert AcceptanceStats(stats.accepted).accepted_tokens == 0
+
+
+@pytest.mark.slow
+def test_training_arms_take_turns_and_count_useful_work(here, capfd):
+    """Three processes at tiny sizes; the useful work is counted by hand."""
+    bench = script("bench_training")
+    sizes = ["--target", "target", "--dtype", "float32", "--rows", "2", "--length", "12"]
+    sizes += ["--draft-vocab", "40", "--steps", "1", "--turns", "2", "--out", "t.json"]
+    assert bench.main(sizes) == 0
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert found == json.loads(Path("t.json").read_text())
+    assert set(found["arms"]) == set(bench.ARMS)
+    assert all(len(arm["seconds"]) == 2 for arm in found["arms"].values())
+    assert found["arms"]["adaspec ahead"]["ahead"] > 0
+    layers = 64 * 32 * 2 + 2 * 64 * 16 + 32 * 32 - 32 * 64 + 3 * 32 * 48  # q, k, v, o, gates
+    assert found["useful_flop_per_token"] == 3 * (6 * layers + 4 * 40 * 32) + 4 * 96 * 32 + 2 * 1280

@@ -1,5 +1,6 @@
 """Identities of the losses; chunked against whole."""
 
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from adaspec_eagle import fused
 from adaspec_eagle.fused import Output, chunked_losses
 from adaspec_eagle.losses import LOSSES, overlap
+from eval import bench_loss
 
 
 def logits(seed: int, rows: int = 7, vocab: int = 11) -> torch.Tensor:
@@ -101,3 +103,13 @@ def test_bfloat16_losses_are_those_of_their_logits(name):
     found = chunked_losses(name, hidden, draft, known, target)[0]
     wanted = LOSSES[name](draft.logits(hidden[0]).float(), target.logits(known).float())
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.slow
+def test_the_loss_benchmark_reports_what_fits(capsys):
+    """Plain, 4,096 tokens by 60,000 ids do not go into 3 GB of addresses; in chunks they do."""
+    given = ["--tokens", "4096", "--vocab", "60000", "--hidden", "8", "--steps", "1"]
+    assert bench_loss.main([*given, "--times", "1", "--runs", "1", "--limit-gb", "3"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["arms"]
+    assert found["plain"] is None
+    assert found["chunked"]["tokens_per_s"] > 0

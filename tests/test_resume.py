@@ -1,7 +1,15 @@
 """A run that is stopped and resumed is the run that was not stopped."""
 
+import json
 import os
+import random
+import shutil
 import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,3 +69,62 @@ def test_ctrl_c_finishes_the_step_and_resume_gives_the_same_weights(
 def test_there_must_be_something_to_resume(tmp_path):
     with pytest.raises(UserError, match="nothing to resume"):
         run_training(TrainConfig(), tmp_path / "none", resume=True)
+
+
+def checkpoints(out: Path) -> set[Path]:
+    """The checkpoint folders of a run."""
+    return set(out.glob("checkpoints/*/checkpoint-*"))
+
+
+def wait_for_moment(process: subprocess.Popen, out: Path, writing: bool, pause: float) -> None:
+    """Until a new checkpoint is being written, or is there and `pause` seconds have passed."""
+    seen = checkpoints(out)
+    while process.poll() is None:
+        if writing and any(out.glob("checkpoints/*/writing/checkpoint-*/*")):
+            return
+        if not writing and checkpoints(out) - seen:
+            return time.sleep(pause)
+        time.sleep(0.0005)
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)]
+)
+def test_a_run_killed_at_random_moments_gives_the_weights_of_an_unbroken_one(tmp_path, kills):
+    """SIGKILL, in turn while a checkpoint is written and anywhere else; then to the end.
+
+    Both stages' last checkpoints are equal to the bit, and every folder named checkpoint is whole.
+    """
+    target = tiny_target_folder(tmp_path / "target")
+    data = answers_file(tmp_path / "answers.jsonl", records=80)
+    script = [sys.executable, str(Path(__file__).parents[1] / "scripts" / "train_head.py")]
+    first = [*script, "--target", target, "--data", data, "--draft-vocab", "60", "--epochs", "8"]
+    first += ["--batch-size", "6", "--evaluations", "24"]
+    subprocess.run([*first, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    draw, out, done, broken = random.Random(0), tmp_path / "killed", 0, 0
+    command = [*first, "--out", str(out)]
+    while not (out / "head" / "train.json").exists():
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        if done < kills:
+            for old in out.glob("checkpoints/*/writing"):
+                shutil.rmtree(old)
+            wait_for_moment(process, out, done % 2 == 0, draw.uniform(0, 0.3))
+            if process.poll() is None:
+                process.kill()
+                done += 1
+        process.wait()
+        broken += any(out.glob("checkpoints/*/writing/checkpoint-*"))
+        for found in checkpoints(out):
+            json.loads((found / "trainer_state.json").read_text())
+            load_file(found / "model.safetensors")
+            torch.load(found / "optimizer.pt", weights_only=True)
+        command = [*script, "--out", str(out), "--resume"]
+    assert done == kills
+    assert broken or kills < 20  # some kill fell into the writing
+    assert json.loads((out / "run.json").read_text())["config"]["epochs"] == 8
+    assert set(asdict(TrainConfig())) == set(json.loads((out / "run.json").read_text())["config"])
+    last = "checkpoints/{}/checkpoint-96/model.safetensors"
+    for stage in ("reference", "head"):
+        whole, killed = (load_file(p / last.format(stage)) for p in (tmp_path / "whole", out))
+        assert all(torch.equal(whole[name], killed[name]) for name in whole)
+        assert len([p for p in checkpoints(out) if p.parent.name == stage]) <= 2

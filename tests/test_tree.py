@@ -129,19 +129,27 @@ def test_grouped_attention_equals_the_stock_kernel(queries):
     torch.testing.assert_close(found, wanted.transpose(1, 2))
 
 
-def test_unrolled_attention_equals_a_dense_mask():
+@pytest.mark.parametrize("later", [0, 1, 2])
+def test_unrolled_attention_equals_a_dense_mask_in_value_and_gradient(later):
     torch.manual_seed(0)
-    first, begin, later = 7, 2, 2
+    first, begin = 7, 2
     n = first - begin
-    query = torch.randn(2, 6, n, 8, dtype=torch.float64)
-    key, value = torch.randn(2, 2, 2, first + later * n, 8, dtype=torch.float64)
+    query = torch.randn(2, 6, n, 8, dtype=torch.float64, requires_grad=True)
+    both = torch.randn(2, 2, 2, first + later * n, 8, dtype=torch.float64, requires_grad=True)
+    key, value = both
     causal = torch.arange(first)[None, :] <= torch.arange(begin, first)[:, None]
     allowed = torch.cat([causal, *[torch.eye(n, dtype=torch.bool)] * later], dim=1)
     mask = additive_mask(allowed.expand(2, -1, -1), torch.float64)
     found, _ = grouped_attention(torch.nn.Module(), query, key, value, Unrolled(first, begin))
     wide = [x.repeat_interleave(3, dim=1) for x in (key, value)]
     wanted = torch.nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=mask)
-    torch.testing.assert_close(found, wanted.transpose(1, 2))
+    wanted = wanted.transpose(1, 2)
+    torch.testing.assert_close(found, wanted)
+    weights = torch.randn_like(wanted)
+    ours, plain = (
+        torch.autograd.grad((out * weights).sum(), (query, both)) for out in (found, wanted)
+    )
+    torch.testing.assert_close(ours, plain)
 
 
 @pytest.mark.parametrize("wrong", ["tree", "chain:0", "chain:x", "beam"])

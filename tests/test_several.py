@@ -1,0 +1,79 @@
+"""Several processes train as one that accumulates as many micro-batches."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adaspec_eagle.train import TrainConfig, run_training
+from tests.records import answers_file
+from tests.several import train
+from tests.tiny import tiny_target_folder
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def launch(*arguments: str, config: str = "data_parallel") -> None:
+    """`accelerate launch` with a config of scripts/accelerate, in the repository's root."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port]
+    command += ["--config_file", f"scripts/accelerate/{config}.yaml", *arguments]
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("select", ["none", "adaspec"])
+def test_two_processes_equal_one_that_accumulates_two_micro_batches(tmp_path, select):
+    """Gradients of the first step and weights after two, in float32, to a relative 1e-5."""
+    launch("tests/several.py", str(tmp_path / "two"), select)
+    two, one = load_file(tmp_path / "two"), train(select)
+    assert int(two.pop("processes")) == 2
+    assert two.keys() == one.keys()
+    for name in one:
+        difference = (two[name] - one[name]).norm() / one[name].norm()
+        assert difference < 1e-5, name
+    assert any(name.startswith("gradient.") for name in one)
+    assert all(torch.isfinite(value).all() for value in two.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["memory", "disk"])
+def test_the_whole_job_in_two_processes_equals_the_one_that_accumulates(tmp_path, features):
+    """Data, features, evaluation, checkpoints and the saved head; then nothing is left to do."""
+    settings = {
+        "target": tiny_target_folder(tmp_path / "target"),
+        "data": [answers_file(tmp_path / "answers.jsonl")],
+        "method": "distillspec",
+        "draft_vocab": 60,
+        "epochs": 2.0,
+        "evaluations": 2,
+        "batch_size": 3,
+        "features": features,
+    }
+    one = run_training(TrainConfig(**settings, accumulate=2), tmp_path / "one")
+    flags = []
+    for name, value in settings.items():
+        words = value if isinstance(value, list) else [str(value)]
+        flags += ["--" + name.replace("_", "-"), *words]
+    command = ["scripts/train_head.py", *flags, "--out", str(tmp_path / "two")]
+    launch(*command)
+    launch(*command, "--resume")
+    two = tmp_path / "two" / "head"
+    wanted, found = (load_file(folder / "model.safetensors") for folder in (one, two))
+    steps, ours = (json.loads((f / "train.json").read_text())["steps"] for f in (one, two))
+    assert steps == ours
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
