@@ -21,6 +21,7 @@ from adaspec_eagle.features import MODES, FeatureTable, choose_mode, row_width
 from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new_head
 from adaspec_eagle.losses import LOSSES
 from adaspec_eagle.paths import default_cache_dir
+from adaspec_eagle.plots import curves_png
 from adaspec_eagle.prepare import (
     compute_features,
     compute_reference,
@@ -333,6 +334,7 @@ def _stage(
         "curves": trainer.state.log_history,
     }
     if is_main_process():
+        curves_png(trainer.state.log_history, job.out / f"{name}.png")
         head.eval().to(job.target.dtype).save(folder, notes)
     all_meet()
     return folder
