@@ -68,8 +68,14 @@ class ProgressLine(TrainerCallback):
         text = " ".join(f"{value:.3f}" for value in match)
         say(
             f"step {state.global_step}/{state.max_steps}: tau_sim {found['eval_tau_sim']:.3f}, "
-            f"top-1 match by step {text}"
+            f"top-1 match by step {text}{_speed(state)}"
         )
+
+
+def _speed(state: TrainerState) -> str:
+    """The speed of the last line about training, if there was one."""
+    speeds = [line["tokens_per_s"] for line in state.log_history if "tokens_per_s" in line]
+    return f"; {speeds[-1]:,.0f} tokens/s" if speeds else ""
 
 
 def say(text: str) -> None:

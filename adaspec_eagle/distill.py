@@ -5,6 +5,7 @@ Legend: S unroll steps, B rows, T positions, H hidden, M supervised target posit
 
 import itertools
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
@@ -30,6 +31,7 @@ from adaspec_eagle.processes import all_meet
 from adaspec_eagle.selection import kept, select
 from adaspec_eagle.targets import Target
 from adaspec_eagle.unroll import Batch, first_index, step_masks, step_states, supervised, unroll
+from adaspec_eagle.watch import Watch, frequency_bands
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def _figures(head: DraftHead, objective: Objective, batch: Batch, tokens: Target
     assert tokens.argmax is not None
     assert tokens.lse is not None
     picked = step_states(states, batch, begin)
-    found = torch.empty(3, len(picked), len(tokens.hidden), dtype=tokens.lse.dtype)
+    found = tokens.lse.new_empty(3, len(picked), len(tokens.hidden))
     for place in chunks(len(tokens.hidden), head.config.draft_vocab_size):
         known, lse = tokens.logits(place), tokens.lse[place]
         for step, hidden in enumerate(picked):
@@ -197,7 +199,7 @@ def _figures(head: DraftHead, objective: Objective, batch: Batch, tokens: Target
             loss = LOSSES[objective.loss](logits, known, target_lse=lse)
             shared = overlap(logits, known, target_lse=lse)
             match = head.to_target(logits.argmax(-1)) == tokens.argmax[place]
-            found[:, step, place] = torch.stack([loss, shared, match.to(loss.dtype)]).cpu()
+            found[:, step, place] = torch.stack([loss, shared, match.to(loss.dtype)])
     return found
 
 
@@ -290,6 +292,10 @@ class Distiller(Trainer):
         self.objective: Objective = objective
         self.reference = reference
         self.optimizer_name = optimizer
+        answers = self.train_dataset
+        assert isinstance(answers, AnswerSet)
+        bands = frequency_bands((r.answer_ids for r in answers.records), target.vocab_size)
+        self.watch = Watch(bands.to(target.device), objective.unroll)
         self.aside: str | None = None  # where a checkpoint is being written
         # The loss is divided by the counts of get_batch_samples: no further division (the second
         # name is that of earlier versions of transformers).
@@ -341,6 +347,7 @@ class Distiller(Trainer):
         batch, tokens, mask = inputs["batch"], inputs["tokens"], inputs["mask"]
         distilled, losses = model(batch, tokens)  # [S, M]
         chosen = self.choose(distilled, mask, batch, tokens)
+        self.watch.add(batch.input_ids[batch.rows, batch.positions + 1], mask, chosen)
         assert isinstance(num_items_in_batch, Tensor)
         if not bool(losses.detach().isfinite()[mask].all()):
             raise UserError(self._not_finite(inputs))
@@ -387,6 +394,7 @@ class Distiller(Trainer):
         """Teacher-forced figures on held-back answers; `eval_tau_sim` picks the best checkpoint."""
         answers = self.eval_dataset if eval_dataset is None else eval_dataset
         assert isinstance(answers, AnswerSet)
+        began = time.perf_counter()
         self.head.eval()
         with self.accelerator.autocast():
             found = teacher_forced(
@@ -398,6 +406,7 @@ class Distiller(Trainer):
                 loss=self.objective.loss,
             )
         self.head.train()
+        self.watch.pause(time.perf_counter() - began)
         metrics = {f"{metric_key_prefix}_tau_sim": found["tau_sim"]}
         for name in ("loss", "overlap", "match"):
             for step, value in enumerate(found[name]):
@@ -407,6 +416,10 @@ class Distiller(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """A line of the log; those about training carry what was watched."""
+        super().log(logs | self.watch.take() if "loss" in logs else logs, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.aside or super()._get_output_dir(trial)

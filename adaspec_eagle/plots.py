@@ -1,4 +1,4 @@
-"""Show a result of `eval/speedup.py`: tables for the terminal, and a picture."""
+"""Show results: tables and a picture of `eval/speedup.py`, and the curves of a training run."""
 
 import io
 from collections.abc import Callable
@@ -140,6 +140,37 @@ def speedup_png(result: Figures, path: Path) -> None:
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     write_bytes(path, image.getvalue())
+
+
+def curves_png(history: list[Figures], path: Path) -> None:
+    """Four panels over the steps of a training stage: loss, match, tau_sim, speed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 6.0), layout="constrained", dpi=150)
+    panels = {
+        "training loss": ["loss"],
+        "held-back top-1 match by unroll step": _names(history, "eval_match_"),
+        "held-back tau_sim": ["eval_tau_sim"],
+        "tokens/s": ["tokens_per_s"],
+    }
+    for axes, (title, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for name in names:
+            points = [(line["step"], line[name]) for line in history if name in line]
+            axes.plot(*zip(*points, strict=True) if points else ((), ()), ".-", label=name)
+        if len(names) > 1:
+            axes.legend(frameon=False)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        _bare(axes)
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    write_bytes(path, image.getvalue())
+
+
+def _names(history: list[Figures], prefix: str) -> list[str]:
+    """The keys with that prefix, in order."""
+    return sorted({name for line in history for name in line if name.startswith(prefix)})
 
 
 def _speed_panel(axes: Any, arms: dict[str, Figures]) -> None:

@@ -13,6 +13,8 @@ import torch
 from accelerate import PartialState
 from torch import distributed
 
+from adaspec_eagle.errors import UserError
+
 Value = TypeVar("Value")
 PATIENCE = timedelta(days=2)  # others wait while the first one writes data or fills a table
 
@@ -28,7 +30,15 @@ def is_main_process() -> bool:
 
 
 def join_processes(device: str | None) -> str | None:
-    """Meet the other processes; the device of this one (`device` says cpu or nothing)."""
+    """Meet the other processes; the device of this one (`device` says cpu or nothing).
+
+    Raises UserError for launchers that would split up the weights: heads are saved whole.
+    """
+    for kind in ("DeepSpeed", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{kind.upper()}", "false").lower() == "true":
+            raise UserError(
+                f"{kind} is not supported; launch with scripts/accelerate/data_parallel.yaml"
+            )
     if process_count() == 1:
         return device
     cpu = device == "cpu" or not torch.cuda.is_available()

@@ -22,6 +22,7 @@ from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new
 from adaspec_eagle.losses import LOSSES
 from adaspec_eagle.optim import OPTIMIZERS
 from adaspec_eagle.paths import default_cache_dir
+from adaspec_eagle.plots import curves_png
 from adaspec_eagle.prepare import (
     compute_features,
     compute_reference,
@@ -340,6 +341,7 @@ def _stage(
         "curves": trainer.state.log_history,
     }
     if is_main_process():
+        curves_png(trainer.state.log_history, job.out / f"{name}.png")
         head.eval().to(job.target.dtype).save(folder, notes)
     all_meet()
     return folder

@@ -13,12 +13,13 @@ import sys
 import time
 
 import torch
-from speculators.models.eagle3.core import Eagle3DraftModel
 from transformers import AutoConfig
 
 
-def build(folder: str, draft_vocab: int, steps: int, layers: list[int]) -> Eagle3DraftModel:
+def build(folder: str, draft_vocab: int, steps: int, layers: list[int]) -> torch.nn.Module:
     """One layer of the target's sizes, the first `draft_vocab` ids as draft vocabulary."""
+    from speculators.models.eagle3.core import Eagle3DraftModel  # that environment has it
+
     config = AutoConfig.from_pretrained(folder)
     config.num_hidden_layers = 1
     inside = torch.arange(config.vocab_size) < draft_vocab

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from adaspec_eagle.errors import UserError
 from adaspec_eagle.train import TrainConfig, run_training
 from tests.records import answers_file
 from tests.several import train
@@ -32,6 +33,14 @@ def launch(*arguments: str, config: str = "data_parallel") -> None:
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("kind", ["DeepSpeed", "FSDP"])
+def test_launchers_that_split_weights_are_refused_by_name(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")
+    with pytest.raises(UserError, match=f"{kind} is not supported.*data_parallel"):
+        run_training(TrainConfig(), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow

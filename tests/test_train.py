@@ -63,7 +63,11 @@ def test_a_run_leaves_a_reference_and_a_head_with_their_records(run):
         assert notes["objective"]["select"] == selection
         assert notes["environment"]["packages"]["torch"]
         assert any("eval_tau_sim" in entry for entry in notes["curves"])
-        assert any("loss" in entry for entry in notes["curves"])
+        watched = [entry for entry in notes["curves"] if "loss" in entry]
+        assert all(entry["tokens_per_s"] > 0 and entry["memory_gb"] > 0 for entry in watched)
+        assert watched
+        assert ("kept_top_100" in watched[0]) == (selection == "adaspec")
+        assert (run / f"{stage}.png").stat().st_size > 1000
         assert sorted(p.name for p in (run / stage).iterdir()) == [
             "config.json",
             "model.safetensors",
