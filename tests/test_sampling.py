@@ -198,10 +198,11 @@ def expected_joint(processors: LogitsProcessorList) -> Tensor:
     return joint
 
 
-def assert_law(kind: str, processors: LogitsProcessorList, draws: int, wanted=None) -> None:
+def assert_law(kind: str, processors: LogitsProcessorList, draws: int, law=None) -> None:
+    law = processors if law is None else law
     tokens, *_ = emit(kind, processors, draws, 2)
     counts = torch.bincount(tokens[:, 0] * SIZE + tokens[:, 1], minlength=SIZE * SIZE).double()
-    wanted = expected_joint(wanted or processors).flatten() * draws
+    wanted = expected_joint(law).flatten() * draws
     possible = wanted > 1e-9
     assert counts[~possible].sum() == 0
     statistic = float(((counts - wanted)[possible] ** 2 / wanted[possible]).sum())
@@ -262,7 +263,7 @@ def test_sampled_drafts_are_accepted_as_often_as_theory_says(kind):
 
 def test_a_law_that_is_a_little_off_is_found_out():
     with pytest.raises(AssertionError):
-        assert_law("static", warpers(1.1), 20_000, wanted=LAWS["none"])
+        assert_law("static", warpers(1.1), 20_000, law=LAWS["none"])
 
 
 def test_numbers_are_uniform_and_belong_to_their_place():
