@@ -103,7 +103,8 @@ class TrainConfig:
             if (getattr(self, name) or 1) < 1:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {getattr(self, name)}: must be at least 1")
-        if self.epochs <= 0 or (self.lr or 1) <= 0 or (self.reference_epochs or 1) <= 0:
+        positive = (self.epochs, self.lr, self.reference_epochs)
+        if any(value is not None and value <= 0 for value in positive):
             raise UserError("--epochs, --reference-epochs and --lr must be above 0")
 
     @property

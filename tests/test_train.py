@@ -211,6 +211,8 @@ def test_defaults_of_the_script_are_those_of_the_config():
         ({"loss": "l7"}, "fkl"),
         ({"keep": "0"}, "outside"),
         ({"epochs": 0}, "above 0"),
+        ({"lr": 0.0}, "above 0"),
+        ({"reference_epochs": 0}, "above 0"),
         ({"batch_size": 0}, "--batch-size 0"),
     ],
 )
