@@ -73,4 +73,4 @@ def test_the_script_answers_a_pipe(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("w3 w4\nw5\n"))
     more = ["--no-draft", "--max-new-tokens", "5", "--dtype", "float32"]
     assert chat_script.main(["--target", folder, *more]) == 0
-    assert capsys.readouterr().out.count("5 tokens") == 2
+    assert capsys.readouterr().out.count("\n5 tokens, ") == 2
