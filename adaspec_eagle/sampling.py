@@ -24,6 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from adaspec_eagle.attention import exact_dtype
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.tree import DraftTree
 from adaspec_eagle.verify import Verdict
@@ -171,8 +172,7 @@ class Sampler:
 
     def _process(self, places: list[int], logits: Tensor, drafted: Tensor) -> Tensor:
         """Scores after the rows' processors, in float32 (float64 for float64): `[A, V]`."""
-        exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        scores = logits.to(exact)
+        scores = logits.to(exact_dtype(logits.dtype))
         lists = [self.rows[place].processors for place in places]
         own = any(isinstance(p, OWN_HISTORY) for processors in lists for p in processors)
         if not own and all(processors is lists[0] for processors in lists):
