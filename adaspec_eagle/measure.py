@@ -7,8 +7,6 @@ starts; the order of the arms rotates from unit to unit, so that drift of the ma
 Legend: B rows, T time.
 """
 
-import resource
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +26,7 @@ from adaspec_eagle.errors import explain_out_of_memory
 from adaspec_eagle.generate import generate
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import Target
+from adaspec_eagle.watch import peak_bytes
 
 PARTS = ("prefill", "draft", "verify", "rest")
 
@@ -209,11 +208,3 @@ def reset_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return  # then the peak is that of the whole process so far
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Peak memory since `reset_peak`: CUDA's allocated bytes, else the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -55,7 +55,10 @@ class Watch:
         """The figures since the last time."""
         seconds = time.perf_counter() - self.began
         seen, kept = self.seen.cpu(), self.kept.cpu()
-        found = {"tokens_per_s": float(seen[0].sum()) / seconds, "memory_gb": memory_gb()}
+        found = {
+            "tokens_per_s": float(seen[0].sum()) / seconds,
+            "memory_gb": peak_bytes(self.bands.device) / 1e9,
+        }
         if 0 < int(kept.sum()) < int(seen.sum()):
             by_step = kept.sum(1) / kept.sum()
             found |= {f"kept_step_{s}": float(share) for s, share in enumerate(by_step)}
@@ -67,9 +70,9 @@ class Watch:
         return found
 
 
-def memory_gb() -> float:
-    """The highest use of memory so far: the GPU's where there is one, else this process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory so far: CUDA's allocated bytes, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
