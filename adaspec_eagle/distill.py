@@ -7,7 +7,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,26 @@ from adaspec_eagle.data import Record
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import FeatureTable, split_rows, target_rows
 from adaspec_eagle.fused import Output, chunked_losses, chunks
-from adaspec_eagle.head import DraftHead
-from adaspec_eagle.losses import FULL_VOCABULARY, LOSSES, feature_regression, overlap
+from adaspec_eagle.head import DraftHead, new_head
+from adaspec_eagle.losses import (
+    FEATURE,
+    feature_regression,
+    loss_terms,
+    needs_full_vocabulary,
+    overlap,
+    token_loss,
+)
 from adaspec_eagle.optim import make_optimizer
 from adaspec_eagle.processes import all_meet
-from adaspec_eagle.selection import kept, select
+from adaspec_eagle.selection import (
+    AVERAGE_DECAY,
+    OBSERVED,
+    TokenStats,
+    divisor,
+    find_selection,
+    keep_at,
+    needs,
+)
 from adaspec_eagle.targets import Target
 from adaspec_eagle.unroll import Batch, first_index, step_masks, step_states, supervised, unroll
 from adaspec_eagle.watch import Watch, frequency_bands
@@ -38,9 +53,9 @@ from adaspec_eagle.watch import Watch, frequency_bands
 class Objective:
     """What a training stage minimises."""
 
-    loss: str = "fkl"  # a name in LOSSES
-    select: str = "none"  # "none" or "adaspec"
-    keep: Decimal = Decimal("0.4")  # k, for adaspec
+    loss: str = "fkl"  # as losses.loss_terms reads it
+    select: str = "none"  # a name in SELECTIONS, or path.py:name
+    keep: Decimal = Decimal("0.4")  # k, for selections of a fraction
     unroll: int = 3  # S
     decay: float = 0.8  # weight of step s: decay^s
     mask_oov: bool = False  # leave out tokens whose target argmax is outside the draft vocabulary
@@ -48,7 +63,12 @@ class Objective:
     @property
     def needs_full(self) -> bool:
         """Whether training needs the target's logits over its full vocabulary."""
-        return self.mask_oov or self.loss in FULL_VOCABULARY
+        return self.mask_oov or needs_full_vocabulary(self.loss) or "overlap" in self.watch
+
+    @property
+    def watch(self) -> tuple[str, ...]:
+        """What the selection asks for beside the losses, names in fused.OBSERVATIONS."""
+        return tuple(name for name in OBSERVED if name in needs(self.select))
 
 
 @dataclass
@@ -59,6 +79,7 @@ class TargetTokens:
     output: Output  # its output layer over the draft vocabulary
     lse: Tensor | None  # [M] logsumexp over the full vocabulary, if asked for
     argmax: Tensor | None  # [M] target id of the largest logit, if asked for
+    labels: Tensor  # [M] the text's own token as a draft id, -1 outside the draft vocabulary
 
     def logits(self, place: slice = slice(None)) -> Tensor:
         """Logits over the draft vocabulary `[R, Vd]`, float32 (float64 for float64 targets)."""
@@ -121,7 +142,8 @@ def target_tokens(target: Target, head: DraftHead, batch: Batch, full: bool) -> 
             logits = target.logits(hidden[place])  # [R, V]
             lse[place] = logits.to(lse.dtype).logsumexp(-1)
             argmax[place] = logits.argmax(-1)
-    return TargetTokens(hidden, target_output(target, head), lse, argmax)
+    labels = head.to_draft(batch.input_ids[batch.rows, batch.positions + 1])
+    return TargetTokens(hidden, target_output(target, head), lse, argmax, labels)
 
 
 def target_output(target: Target, head: DraftHead) -> Output:
@@ -167,7 +189,7 @@ def teacher_forced(
     for others.
     """
     answers = answers if isinstance(answers, AnswerSet) else AnswerSet(answers)
-    objective = Objective(loss=loss, unroll=steps)
+    objective = Objective(loss, unroll=steps)
     lengths = torch.tensor(answers.lengths())
     sums, counts = torch.zeros(3, steps, dtype=torch.float64), torch.zeros(steps)
     products, places = 0.0, 0
@@ -190,13 +212,13 @@ def _figures(head: DraftHead, objective: Objective, batch: Batch, tokens: Target
     states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin)
     assert tokens.argmax is not None
     assert tokens.lse is not None
-    picked = step_states(states, batch, begin)
+    picked, loss_of = step_states(states, batch, begin), token_loss(objective.loss)
     found = tokens.lse.new_empty(3, len(picked), len(tokens.hidden))
     for place in chunks(len(tokens.hidden), head.config.draft_vocab_size):
-        known, lse = tokens.logits(place), tokens.lse[place]
+        known, lse, labels = tokens.logits(place), tokens.lse[place], tokens.labels[place]
         for step, hidden in enumerate(picked):
             logits = head.logits(hidden[place]).to(known.dtype)
-            loss = LOSSES[objective.loss](logits, known, target_lse=lse)
+            loss = loss_of(logits, known, target_lse=lse, labels=labels)
             shared = overlap(logits, known, target_lse=lse)
             match = head.to_target(logits.argmax(-1)) == tokens.argmax[place]
             found[:, step, place] = torch.stack([loss, shared, match.to(loss.dtype)])
@@ -217,30 +239,39 @@ def _aligned(match: Tensor, batch: Batch) -> Tensor:
     return torch.stack([match[s, first + s] for s in range(steps)])
 
 
+@dataclass
+class StepLosses:
+    """Of every supervised position at every step, `[S, M]` each."""
+
+    distilled: Tensor  # what selection compares: the losses of tokens
+    total: Tensor  # what is trained on: the same, and the feature regression if the loss has it
+    observed: dict[str, Tensor] = field(default_factory=dict)  # by name, as the objective asks
+
+
 def step_losses(
     head: DraftHead, objective: Objective, batch: Batch, tokens: TargetTokens
-) -> tuple[Tensor, Tensor]:
-    """Two losses of every supervised position at every step, `[S, M]` each.
-
-    The distillation loss, which selection compares, and what is trained on: the same, but for heads
-    with a feature regression term (EAGLE-1).
-    """
+) -> StepLosses:
+    """Unroll the head and compare it with the target."""
     begin = first_index(batch.positions, objective.unroll)
     states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin)
     picked = torch.stack(step_states(states, batch, begin))  # [S, M, H]
-    distilled = chunked_losses(
+    distilled, observed = chunked_losses(
         objective.loss,
         head.readout(picked),
         draft_output(head),
         tokens.hidden,
         tokens.output,
         tokens.lse,
+        tokens.labels,
+        objective.watch,
     )
-    if not head.feature_loss:
-        return distilled, distilled
-    feature = batch.hidden[batch.rows, batch.positions].to(distilled.dtype)
-    regression = [feature_regression(hidden.to(feature.dtype), feature) for hidden in picked]
-    return distilled, head.token_loss * distilled + head.feature_loss * torch.stack(regression)
+    found = StepLosses(distilled, distilled, dict(zip(objective.watch, observed, strict=True)))
+    weight = loss_terms(objective.loss).get(FEATURE)
+    if weight is not None:
+        feature = batch.hidden[batch.rows, batch.positions].to(distilled.dtype)
+        regression = [feature_regression(hidden.to(feature.dtype), feature) for hidden in picked]
+        found.total = distilled + weight * torch.stack(regression)
+    return found
 
 
 def draft_output(head: DraftHead) -> Output:
@@ -252,16 +283,33 @@ def draft_output(head: DraftHead) -> Output:
 
 
 class Student(nn.Module):
-    """The head and its objective as one module: what the Trainer wraps, casts and synchronises."""
+    """The head and its objective as one module: what the Trainer wraps, casts and synchronises.
 
-    def __init__(self, head: DraftHead, objective: Objective) -> None:
+    average: where the selection asks for it, the head's moving average, which takes the reference
+    head's place; it travels with the checkpoints.
+    """
+
+    def __init__(self, head: DraftHead, objective: Objective, target: Target) -> None:
         super().__init__()
         self.head = head
         self.objective = objective
+        self.average: DraftHead | None = None
+        if "average" in needs(objective.select):
+            self.average = new_head(head.config).train().to(next(head.parameters()).dtype)
+            self.average.load_state_dict(head.state_dict())
+            self.average.bind(target, allow_other_target=True).requires_grad_(False)
 
-    def forward(self, batch: Batch, tokens: TargetTokens) -> tuple[Tensor, Tensor]:
-        """Distillation loss and total loss, `[S, M]` each."""
+    def forward(self, batch: Batch, tokens: TargetTokens) -> StepLosses:
+        """The losses of the head."""
         return step_losses(self.head, self.objective, batch, tokens)
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """average <- b average + (1 - b) head, b = AVERAGE_DECAY; at the start of every step."""
+        if self.average is not None:
+            pairs = zip(self.average.parameters(), self.head.parameters(), strict=True)
+            for mean, weight in pairs:
+                mean.lerp_(weight, 1 - AVERAGE_DECAY)
 
 
 class Distiller(Trainer):
@@ -270,8 +318,9 @@ class Distiller(Trainer):
     The loss is sum over steps s of decay^s x (sum over the selected tokens of the accumulation
     window and of all processes) / (their number): AdaSPEC's Eq. 10 for each step, so that without
     selection 8 x 1 and 1 x 8 batches give the same gradient. (The released AdaSPEC code divides by
-    all answer tokens, selected or not: a factor k.) Selection is per step, micro-batch and process,
-    as published, over answer tokens only; `select="adaspec"` needs a reference head.
+    all answer tokens, selected or not: a factor k. selection.divisor says which selections here are
+    divided so, too.) Selection is per step, micro-batch and process, as published, over answer
+    tokens only; AdaSPEC's needs a reference head.
     """
 
     def __init__(
@@ -284,9 +333,10 @@ class Distiller(Trainer):
         optimizer: str = "muon",
         **kwargs: Any,
     ) -> None:
-        if objective.select == "adaspec" and reference is None:
-            raise UserError("--select adaspec needs a reference head (--reference DIR)")
-        super().__init__(model=Student(head, objective), data_collator=collate, **kwargs)
+        if "reference" in needs(objective.select) and reference is None:
+            raise UserError(f"--select {objective.select} needs a reference head (--reference DIR)")
+        self.student = Student(head, objective, target)
+        super().__init__(model=self.student, data_collator=collate, **kwargs)
         self.head = head
         self.target = target
         self.objective: Objective = objective
@@ -313,28 +363,33 @@ class Distiller(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
-        """The accumulation window's micro-batches, and how many tokens it selects a step `[S]`."""
-        window, counts = [], torch.zeros(self.objective.unroll, dtype=torch.long, device=device)
-        for item in itertools.islice(epoch_iterator, num_batches):
+        """The accumulation window's micro-batches, and what each step is divided by `[S]`."""
+        self.student.update_average()
+        objective, window = self.objective, []
+        counts = torch.zeros(objective.unroll, dtype=torch.long, device=device)
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        keep = keep_at(objective.select, objective.keep, progress)
+        for place, item in enumerate(itertools.islice(epoch_iterator, num_batches)):
             batch = make_batch(self.target, self.head, item)
-            tokens = target_tokens(self.target, self.head, batch, self.objective.needs_full)
-            mask = step_masks(batch.positions, self.objective.unroll)  # [S, M]
-            if self.objective.mask_oov and self.head.draft_ids is not None:
+            tokens = target_tokens(self.target, self.head, batch, objective.needs_full)
+            mask = step_masks(batch.positions, objective.unroll)  # [S, M]
+            if objective.mask_oov and self.head.draft_ids is not None:
                 assert tokens.argmax is not None
                 mask = mask & self.head.t2d[tokens.argmax]
-            window.append({"batch": batch, "tokens": tokens, "mask": mask})
-            counts += self.selected(mask)
+            draw = self._draw(place)
+            window.append(
+                {"batch": batch, "tokens": tokens, "mask": mask, "keep": keep, "draw": draw}
+            )
+            counts += divisor(objective.select, mask, keep)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return window, counts
 
-    def selected(self, mask: Tensor) -> Tensor:
-        """How many tokens each step will select of those in its mask `[S, M]`: `[S]`."""
-        numbers = mask.sum(1)
-        if self.objective.select == "none":
-            return numbers
-        wanted = [kept(int(number), self.objective.keep) for number in numbers]
-        return torch.tensor(wanted, device=mask.device)
+    def _draw(self, place: int) -> int:
+        """The seed of a micro-batch: the same whether processes share a window or one has it."""
+        number = self.state.global_step * self.args.gradient_accumulation_steps + place
+        number = number * self.args.world_size + self.args.process_index
+        return 1_000_003 * self.args.seed + number
 
     def compute_loss(
         self,
@@ -344,14 +399,15 @@ class Distiller(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """The objective on one micro-batch; num_items_in_batch `[S]` as get_batch_samples gives."""
-        batch, tokens, mask = inputs["batch"], inputs["tokens"], inputs["mask"]
-        distilled, losses = model(batch, tokens)  # [S, M]
-        chosen = self.choose(distilled, mask, batch, tokens)
+        batch, mask = inputs["batch"], inputs["mask"]
+        losses = model(batch, inputs["tokens"])
+        if not bool(losses.total.detach().isfinite()[mask].all()):
+            raise UserError(self._not_finite(inputs))
+        weights = self.choose(losses, inputs)  # [S, M]
+        chosen = weights > 0
         self.watch.add(batch.input_ids[batch.rows, batch.positions + 1], mask, chosen)
         assert isinstance(num_items_in_batch, Tensor)
-        if not bool(losses.detach().isfinite()[mask].all()):
-            raise UserError(self._not_finite(inputs))
-        sums = torch.where(chosen, losses, 0.0).sum(1)  # [S]
+        sums = torch.where(chosen, weights * losses.total, 0.0).sum(1)  # [S]
         steps = torch.arange(len(sums), device=sums.device, dtype=sums.dtype)
         loss = (self.objective.decay**steps * sums / num_items_in_batch.clamp(min=1)).sum()
         return loss * self.accelerator.num_processes  # gradients are averaged over processes
@@ -372,18 +428,25 @@ class Distiller(Trainer):
             "large; a lower --lr, or --resume from the last checkpoint, may help"
         )
 
-    def choose(self, losses: Tensor, mask: Tensor, batch: Batch, tokens: TargetTokens) -> Tensor:
-        """Which tokens count, `[S, M]` booleans."""
-        if self.objective.select == "none":
-            return mask
-        reference = batch.reference
-        if reference is None:
-            assert self.reference is not None
-            with torch.no_grad():
-                reference, _ = step_losses(self.reference, self.objective, batch, tokens)
-        keep = self.objective.keep
-        rows = [select(d, r, m, keep) for d, r, m in zip(losses, reference, mask, strict=True)]
-        return torch.stack(rows)
+    @torch.no_grad()
+    def choose(self, losses: StepLosses, inputs: Mapping[str, Any]) -> Tensor:
+        """The weight of every token at every step `[S, M]`."""
+        batch, reference = inputs["batch"], inputs["batch"].reference
+        other = self.student.average if self.student.average is not None else self.reference
+        if reference is None and other is not None:
+            found = step_losses(other, self.objective, batch, inputs["tokens"])
+            reference = found.distilled
+        stats = TokenStats(
+            losses.distilled.detach(),
+            inputs["mask"],
+            batch.rows,
+            batch.positions,
+            inputs["keep"],
+            torch.Generator().manual_seed(inputs["draw"]),
+            reference,
+            **losses.observed,
+        )
+        return find_selection(self.objective.select)(stats)
 
     def evaluate(
         self,

@@ -4,7 +4,6 @@ Legend: B rows, N tokens, H hidden, F number of feature layers, V vocabulary, Vd
 """
 
 import importlib
-import importlib.util
 import json
 import pkgutil
 import tempfile
@@ -23,6 +22,7 @@ from adaspec_eagle.attention import GROUPED, Unrolled, register
 from adaspec_eagle.card import model_card, publishable, target_licence
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.paths import replace_folder
+from adaspec_eagle.plugins import module_of
 from adaspec_eagle.published import from_layout, is_ours
 from adaspec_eagle.storage import (
     check_push,
@@ -125,8 +125,7 @@ class DraftHead(nn.Module):
     `bind`: they are no part of `state_dict`, and NaN until then, so that a forgotten bind shows.
     """
 
-    feature_loss: ClassVar[float] = 0.0  # weight of the feature regression term (EAGLE-1)
-    token_loss: ClassVar[float] = 1.0  # weight of the distillation term
+    default_loss: ClassVar[str] = "fkl"  # as losses.loss_terms reads it
     default_unroll: ClassVar[int] = 3  # training steps of self-unroll
     default_draft_vocab: ClassVar[int | None] = 8192  # None: the target's whole vocabulary
     cached_layers: ClassVar[int] = 1  # layers that keep keys and values
@@ -212,6 +211,15 @@ class DraftHead(nn.Module):
         if self.config.draft_vocab_size == self.config.vocab_size:
             return ids
         return ids + self.d2t[ids]
+
+    def to_draft(self, ids: Tensor) -> Tensor:
+        """Target ids -> draft ids, same shape; -1 outside the draft vocabulary."""
+        known = self.draft_ids
+        if known is None:
+            return ids
+        place = torch.full((self.config.vocab_size,), -1, device=ids.device)
+        place[known] = torch.arange(len(known), device=ids.device)
+        return place[ids]
 
     def set_draft_vocab(self, ids: Tensor) -> None:
         """Take the given target ids `[Vd]` as the draft vocabulary, in ascending order."""
@@ -339,14 +347,7 @@ def head_class(name: str) -> type[DraftHead]:
     """The class `Head` of heads/NAME.py, of a dotted module, or of a file path.py."""
     try:
         if name.endswith(".py"):
-            path = Path(name).expanduser()
-            if not path.is_file():
-                raise UserError(f"head file {name} does not exist")
-            spec = importlib.util.spec_from_file_location(f"adaspec_head_{path.stem}", path)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            module = module_of(name)
         else:
             module = importlib.import_module(name if "." in name else f"adaspec_eagle.heads.{name}")
         found = module.Head

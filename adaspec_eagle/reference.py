@@ -41,7 +41,7 @@ def reference_losses(
     for chosen in length_batches(lengths, batch_tokens):
         batch = make_batch(target, reference, collate([answers[i] for i in chosen]))
         tokens = target_tokens(target, reference, batch, objective.needs_full)
-        losses, _ = step_losses(reference, objective, batch, tokens)  # [S, M]
+        losses = step_losses(reference, objective, batch, tokens).distilled  # [S, M]
         table = losses.new_zeros(*batch.input_ids.shape, len(losses))  # [B, T, S]
         table[batch.rows, batch.positions] = losses.t()
         for row, i in zip(table.cpu(), chosen, strict=True):

@@ -19,7 +19,7 @@ from adaspec_eagle.distill import AnswerSet, Distiller, Objective
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import MODES, FeatureTable, choose_mode, row_width
 from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new_head
-from adaspec_eagle.losses import LOSSES
+from adaspec_eagle.losses import loss_terms
 from adaspec_eagle.optim import OPTIMIZERS
 from adaspec_eagle.paths import default_cache_dir
 from adaspec_eagle.plots import curves_png
@@ -38,7 +38,7 @@ from adaspec_eagle.processes import (
     process_count,
 )
 from adaspec_eagle.record import environment, write_json, write_text
-from adaspec_eagle.selection import parse_keep
+from adaspec_eagle.selection import check_selection, needs, parse_keep
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
 
 METHODS = {"adaspec": "adaspec", "distillspec": "none"}  # preset -> selection
@@ -52,7 +52,7 @@ class TrainConfig:
     data: list[str] = field(default_factory=list)  # answer files; none: the target writes them
     tokens: int = 200_000  # answer tokens to write where no file is given
     method: str = "adaspec"
-    loss: str = "fkl"
+    loss: str | None = None  # None: what the head asks for
     select: str | None = None  # None: by method
     keep: str = "0.4"
     reference: str | None = None  # folder of a reference head to use instead of training one
@@ -80,12 +80,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         parse_keep(self.keep)
+        loss_terms(self.loss or "fkl")
+        check_selection(self.selection if self.method in METHODS else "none")
         choices = (
             ("method", self.method, METHODS),
-            ("loss", self.loss, LOSSES),
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("start", self.start, ("target", "random")),
-            ("select", self.select, (None, "none", "adaspec")),
             ("features", self.features, (None, *MODES)),
         )
         for name, value, known in choices:
@@ -141,12 +141,13 @@ def run_training(config: TrainConfig, out: Path, resume: bool = False) -> Path:
     say(describe(target))
     config.dtype = str(target.dtype).removeprefix("torch.")
     config.lr = config.lr or OPTIMIZERS[config.optimizer]
+    config.loss = config.loss or kind.default_loss
     config.unroll = config.unroll or kind.default_unroll
     config.draft_vocab = config.draft_vocab or kind.default_draft_vocab or target.vocab_size
     given = _given_heads(config, target)
     job = _prepare(config, out, target, given)
     reference = None
-    if config.selection == "adaspec":
+    if "reference" in needs(config.selection):
         reference = given.get("reference") or _reference(job)
     objective = Objective(
         config.loss,
@@ -189,6 +190,7 @@ def _reference(job: Job) -> DraftHead:
     """The reference head, trained by plain distillation first."""
     config = job.config
     assert config.unroll is not None
+    assert config.loss is not None
     plain = Objective(config.loss, "none", unroll=config.unroll, decay=config.decay)
     plain = replace(plain, mask_oov=config.mask_oov)
     epochs = config.reference_epochs or config.epochs

@@ -71,10 +71,11 @@ def work(args: argparse.Namespace) -> dict:
     before, seconds = resident(), []
     if args.limit_gb:
         resource.setrlimit(resource.RLIMIT_AS, (int(args.limit_gb * 1e9),) * 2)
-    losses = plain_losses if args.arm == "plain" else chunked_losses
     for _ in range(args.times):
         began = time.perf_counter()
-        losses(args.loss, hidden, output, known, output).sum().backward()
+        given = (args.loss, hidden, output, known, output)
+        losses = plain_losses(*given) if args.arm == "plain" else chunked_losses(*given)[0]
+        losses.sum().backward()
         seconds.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds[1:] or seconds, "mb": max(0.0, peak - before) / 1e6}

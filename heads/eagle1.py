@@ -24,8 +24,7 @@ from adaspec_eagle.head import (
 class Head(DraftHead):
     """EAGLE-1: regression onto the target's last hidden state beside the distillation loss."""
 
-    feature_loss = 1.0  # the paper's weights: smooth L1 x 1, classification x 0.1
-    token_loss = 0.1
+    default_loss = "feature=1,fkl=0.1"  # the paper's weights
     default_unroll = 1
     default_draft_vocab = None
 

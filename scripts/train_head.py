@@ -14,6 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from adaspec_eagle.errors import run_main
+from adaspec_eagle.losses import LOSSES
+from adaspec_eagle.selection import SELECTIONS
 from adaspec_eagle.targets import ALIASES
 from adaspec_eagle.train import METHODS, TrainConfig, run_training
 
@@ -22,9 +24,9 @@ HELP = {
     "data": "JSON Lines of answers (make_data.py); without it the target writes them itself",
     "tokens": "answer tokens to write where no --data is given",
     "method": f"preset of --select and stages: {', '.join(METHODS)}",
-    "loss": "fkl, rkl, jsd or tv",
-    "select": "none or adaspec; by default as the method says",
-    "keep": "the fraction k of tokens that adaspec trains on",
+    "loss": f"{', '.join(LOSSES)}, feature; a sum fkl=1,tv=0.5; or path.py:name (by the head)",
+    "select": f"{', '.join(SELECTIONS)}, or path.py:name; by default as the method says",
+    "keep": "the fraction k of tokens that a selection trains on",
     "reference": "folder of a reference head to use instead of training one",
     "init": "folder of a head to start the draft head from",
     "head": "eagle1, eagle3, a dotted module or a path.py",

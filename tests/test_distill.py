@@ -20,9 +20,9 @@ from adaspec_eagle.distill import (
 )
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import make_table, split_rows, target_rows
-from adaspec_eagle.losses import forward_kl
+from adaspec_eagle.losses import feature_regression, forward_kl
 from adaspec_eagle.reference import reference_losses
-from adaspec_eagle.selection import select
+from adaspec_eagle.selection import SELECTIONS, needs, select
 from adaspec_eagle.unroll import step_masks, unroll
 from tests.records import record
 from tests.tiny import tiny_head, tiny_target
@@ -85,7 +85,7 @@ def trained_gradients(
 
 @pytest.mark.parametrize("name", ["eagle1", "eagle3"])
 def test_eight_batches_of_one_equal_one_batch_of_eight(tmp_path, name):
-    objective = Objective(unroll=2)
+    objective = Objective("feature=1,fkl=0.1" if name == "eagle1" else "fkl", unroll=2)
     one = trained_gradients(tmp_path, 8, 1, objective, name=name)
     eight = trained_gradients(tmp_path, 1, 8, objective, name=name)
     assert one
@@ -112,9 +112,9 @@ def test_adaspec_gradient_is_that_of_its_equation(tmp_path):
     order = list(LengthBuckets([len(r.prompt_ids + r.answer_ids) for r in RECORDS], 8, 42))
     batch = make_batch(target, head, collate([AnswerSet(RECORDS)[i] for i in order]))
     tokens = target_tokens(target, head, batch, full=False)
-    losses, _ = step_losses(head, objective, batch, tokens)
+    losses = step_losses(head, objective, batch, tokens).total
     with torch.no_grad():
-        reference, _ = step_losses(other, objective, batch, tokens)
+        reference = step_losses(other, objective, batch, tokens).distilled
     mask, total = step_masks(batch.positions, 2), 0.0
     for step in range(2):
         chosen = select(losses[step], reference[step], mask[step], "0.4")
@@ -141,7 +141,7 @@ def test_reference_losses_stand_at_the_positions_that_predict():
     for made, losses in zip(RECORDS, found, strict=True):
         batch = make_batch(target, reference, collate([AnswerSet([made])[0]]))
         tokens = target_tokens(target, reference, batch, full=True)
-        wanted, _ = step_losses(reference, objective, batch, tokens)
+        wanted = step_losses(reference, objective, batch, tokens).distilled
         torch.testing.assert_close(losses[len(made.prompt_ids) - 1 : -1], wanted.t())
         assert not losses[: len(made.prompt_ids) - 1].any()
         assert not losses[-1].any()
@@ -155,8 +155,7 @@ def test_losses_compare_step_s_at_i_with_the_target_at_i_1_s():
     batch = make_batch(target, head, collate([AnswerSet(RECORDS)[i] for i in (0, 5)]))
     tokens = target_tokens(target, head, batch, full=True)
     with torch.no_grad():
-        losses, total = step_losses(head, objective, batch, tokens)
-        assert torch.equal(losses, total)
+        losses = step_losses(head, objective, batch, tokens).total
         states = unroll(head, batch.features, batch.input_ids, 3)
         logits = target.model(input_ids=batch.input_ids).logits[..., head.draft_ids]
     mask = step_masks(batch.positions, 3)
@@ -195,7 +194,7 @@ def test_losses_about_acceptance_train_on_the_full_vocabulary(tmp_path):
     (sample,), _ = trainer.get_batch_samples(iter([item]), 1, torch.device("cpu"))
     batch = sample["batch"]
     with torch.no_grad():
-        losses, _ = step_losses(head, trainer.objective, batch, sample["tokens"])
+        losses = step_losses(head, trainer.objective, batch, sample["tokens"]).total
         p = target.model(input_ids=batch.input_ids).logits.softmax(-1)
         p = p[batch.rows, batch.positions][:, head.draft_ids]
         states = unroll(head, batch.features, batch.input_ids, 1)
@@ -206,15 +205,17 @@ def test_losses_about_acceptance_train_on_the_full_vocabulary(tmp_path):
 def test_selection_compares_the_distillation_loss_without_the_feature_term():
     target = tiny_target()
     head = tiny_head(target, "eagle1")
-    objective = Objective(unroll=1)
+    objective = Objective(head.default_loss, unroll=1)
     batch = make_batch(target, head, collate([AnswerSet(RECORDS)[i] for i in range(4)]))
     tokens = target_tokens(target, head, batch, full=False)
     with torch.no_grad():
-        distilled, total = step_losses(head, objective, batch, tokens)
+        found = step_losses(head, objective, batch, tokens)
         hidden = unroll(head, batch.features, batch.input_ids, 1)[0]
         logits = head.logits(hidden[batch.rows, batch.positions - 1])
-    torch.testing.assert_close(distilled[0], forward_kl(logits, tokens.logits()))
-    assert (total > 0.1 * distilled).all()
+    torch.testing.assert_close(found.distilled[0], 0.1 * forward_kl(logits, tokens.logits()))
+    true = batch.hidden[batch.rows, batch.positions]
+    regression = feature_regression(hidden[batch.rows, batch.positions - 1], true)
+    torch.testing.assert_close(found.total[0], found.distilled[0] + regression)
 
 
 def test_adaspec_without_a_reference_is_refused(tmp_path):
@@ -294,3 +295,32 @@ def test_batches_hold_every_record_once_and_follow_from_seed_and_epoch():
     assert list(sampler) == first
     sampler.set_epoch(1)
     assert list(sampler) != first
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_every_selection_trains(tmp_path, name):
+    objective = Objective(select=name, unroll=2)
+    found = trained_gradients(tmp_path, 4, 2, objective, "reference" in needs(name))
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    assert any(gradient.abs().sum() > 0 for gradient in found.values())
+
+
+def test_the_average_follows_its_equation_and_takes_the_references_place(tmp_path):
+    """average <- 0.99 average + 0.01 head before every step, from the weights at the start."""
+    target = tiny_target()
+    head = tiny_head(target).train()
+    objective = Objective(select="adaspec-ema", unroll=2)
+    trainer = distiller(tmp_path, head, target, objective, batch=4)
+    seen = []
+
+    def remember(*args, **kwargs):
+        pairs = zip(head.parameters(), trainer.student.average.parameters(), strict=True)
+        seen.append([(weight.detach().clone(), mean.clone()) for weight, mean in pairs])
+
+    trainer.create_optimizer_and_scheduler(2)
+    trainer.optimizer.register_step_pre_hook(remember)
+    trainer.train()
+    for (before, start), (weight, mean) in zip(*seen, strict=True):
+        assert torch.equal(before, start)
+        torch.testing.assert_close(mean, 0.99 * start + 0.01 * weight)
+    assert not any("average" in name for name in head.state_dict())

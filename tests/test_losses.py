@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from adaspec_eagle import fused
+from adaspec_eagle.errors import UserError
 from adaspec_eagle.fused import Output, chunked_losses
-from adaspec_eagle.losses import LOSSES, overlap
+from adaspec_eagle.losses import LOSSES, loss_terms, overlap, token_loss
 from eval import bench_loss
 
 
@@ -18,7 +19,16 @@ def logits(seed: int, rows: int = 7, vocab: int = 11) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("name", LOSSES)
+DIVERGENCES = [name for name in LOSSES if name not in ("ce", "text")]
+OWN = f"{__file__}:squared"  # a loss of a user's own
+
+
+def squared(draft_logits, target_logits, *, target_lse=None, labels=None):
+    """Squared difference of the probabilities."""
+    return (draft_logits.softmax(-1) - target_logits.softmax(-1)).square().sum(-1)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_zero_for_equal_distributions_and_positive_otherwise(name):
     p, q = logits(0), logits(1)
     torch.testing.assert_close(LOSSES[name](p + 5, p), torch.zeros(7, dtype=torch.float64))
@@ -61,7 +71,7 @@ def test_acceptance_uses_the_full_vocabulary_and_divergences_do_not():
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [*LOSSES, "fkl=0.5,tv=2,ce=1", OWN, f"{OWN}=2,jsd=1"])
 def test_chunked_losses_equal_plain_ones_in_value_and_gradient(name, trained, bias, monkeypatch):
     """In float64, with chunks and pieces that do not divide the tokens, and a weight a token."""
     monkeypatch.setattr(fused, "CHUNK_NUMBERS", 3 * 11)
@@ -76,10 +86,12 @@ def test_chunked_losses_equal_plain_ones_in_value_and_gradient(name, trained, bi
     draft = Output(rows, draw(11) if bias else None)
     target, target_hidden = Output(draw(11, 5), draw(11) if bias else None), draw(7, 5)
     known, weights = target.logits(target_hidden), draw(2, 7)
+    labels = torch.tensor([0, 10, -1, 3, 3, -1, 7])
     for lse in (None, known.logsumexp(-1) + 0.3):
-        found = chunked_losses(name, hidden, draft, target_hidden, target, lse)
+        more = {"target_lse": lse, "labels": labels}
+        found, _ = chunked_losses(name, hidden, draft, target_hidden, target, lse, labels)
         wanted = torch.stack(
-            [LOSSES[name](draft.logits(step), known, target_lse=lse) for step in hidden]
+            [token_loss(name)(draft.logits(step), known, **more) for step in hidden]
         )
         torch.testing.assert_close(found, wanted)
         inputs = [hidden, rows] if trained else [hidden]
@@ -87,8 +99,76 @@ def test_chunked_losses_equal_plain_ones_in_value_and_gradient(name, trained, bi
         plain = torch.autograd.grad((wanted * weights).sum(), inputs)
         torch.testing.assert_close(ours, plain)
         with torch.no_grad():
-            again = chunked_losses(name, hidden, draft, target_hidden, target, lse)
+            again, _ = chunked_losses(name, hidden, draft, target_hidden, target, lse, labels)
         assert torch.equal(again, found)
+
+
+def test_negative_log_acceptance_is_minus_the_log_of_the_overlap():
+    p, q = logits(0), logits(1)
+    torch.testing.assert_close(LOSSES["nla"](q, p), -overlap(q, p).log())
+
+
+def test_the_lk_hybrid_lies_between_its_two_losses_by_the_overlap():
+    p, q = logits(0), logits(1)
+    weight = (-3 * overlap(q, p)).exp()
+    wanted = weight * LOSSES["fkl"](q, p) + (1 - weight) * LOSSES["tv"](q, p)
+    torch.testing.assert_close(LOSSES["lk"](q, p), wanted)
+
+
+def test_the_lk_weight_is_no_path_for_the_gradient():
+    p, q = logits(0), logits(1).requires_grad_()
+    weight = (-3 * overlap(q, p)).exp().detach()
+    by_parts = torch.autograd.grad((weight * LOSSES["fkl"](q, p)).sum(), q)[0]
+    by_parts += torch.autograd.grad(((1 - weight) * LOSSES["tv"](q, p)).sum(), q)[0]
+    torch.testing.assert_close(torch.autograd.grad(LOSSES["lk"](q, p).sum(), q)[0], by_parts)
+
+
+def test_likelihood_losses_are_those_of_one_token():
+    p, q = logits(0), logits(1)
+    log_q, rows = q.log_softmax(-1), torch.arange(7)
+    torch.testing.assert_close(LOSSES["ce"](q, p), -log_q[rows, p.argmax(-1)])
+    labels = torch.tensor([3, 0, -1, 10, 5, -1, 2])
+    found = LOSSES["text"](q, p, labels=labels)
+    assert found[[2, 5]].tolist() == [0, 0]
+    inside = labels >= 0
+    torch.testing.assert_close(found[inside], -log_q[rows[inside], labels[inside]])
+
+
+@pytest.mark.parametrize(
+    "wrong", ["kl", "fkl=", "fkl=0", "fkl=-1", "fkl=nan", "fkl=much", "fkl,kl=1", "", "feature"]
+)
+def test_a_loss_that_is_none_is_refused(wrong):
+    if wrong == "fkl=":
+        assert loss_terms(wrong) == {"fkl": 1.0}
+        return
+    with pytest.raises(UserError, match="--loss"):
+        loss_terms(wrong)
+
+
+def test_what_is_watched_is_what_it_says():
+    generator = torch.Generator().manual_seed(0)
+    hidden, known = (torch.randn(2, 7, 5, generator=generator).double() for _ in range(2))
+    rows = 3 * torch.randn(11, 5, generator=generator).double()
+    labels = torch.tensor([3, 0, -1, 10, 5, -1, 2])
+    watch = ("entropy", "flatness", "rank", "overlap")
+    draft, target = hidden @ rows.t(), (known @ rows.t())[0]
+    lse = target.logsumexp(-1) + 0.2
+    losses, seen = chunked_losses(
+        "fkl", hidden, Output(rows), known[0], Output(rows), lse, labels, watch
+    )
+    assert torch.equal(
+        losses, chunked_losses("fkl", hidden, Output(rows), known[0], Output(rows))[0]
+    )
+    p = target.softmax(-1)
+    entropy, flat, rank, shared = seen
+    torch.testing.assert_close(entropy[1], -(p * p.log()).sum(-1))
+    even = torch.full_like(p, 1 / 11)
+    torch.testing.assert_close(flat[1], torch.cosine_similarity(p, even))
+    for step in range(2):
+        torch.testing.assert_close(shared[step], overlap(draft[step], target, target_lse=lse))
+        for m, label in enumerate(labels.tolist()):
+            order = draft[step, m].argsort(descending=True).tolist()
+            assert rank[step, m] == (order.index(label) if label >= 0 else 11)
 
 
 def test_every_loss_has_its_gradient_written_out():
@@ -100,9 +180,10 @@ def test_bfloat16_losses_are_those_of_their_logits(name):
     """Only products are in bfloat16: of the logits that they give, losses are exact."""
     draft, target = (Output(3 * torch.randn(200, 16).bfloat16()) for _ in range(2))
     hidden, known = torch.randn(1, 9, 16).bfloat16(), torch.randn(9, 16).bfloat16()
-    found = chunked_losses(name, hidden, draft, known, target)[0]
-    wanted = LOSSES[name](draft.logits(hidden[0]).float(), target.logits(known).float())
-    torch.testing.assert_close(found, wanted)
+    labels = torch.arange(9) - 1
+    found, _ = chunked_losses(name, hidden, draft, known, target, labels=labels)
+    pair = draft.logits(hidden[0]).float(), target.logits(known).float()
+    torch.testing.assert_close(found[0], LOSSES[name](*pair, labels=labels))
 
 
 @pytest.mark.slow

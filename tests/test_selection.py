@@ -1,11 +1,26 @@
 """Which tokens count: number, order, ties, and what never happens."""
 
+from dataclasses import replace
+from decimal import Decimal
+
 import pytest
 import torch
 
 from adaspec_eagle.distill import AnswerSet, collate
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.selection import kept, parse_keep, select
+from adaspec_eagle.selection import (
+    BY_COUNT,
+    NEEDS,
+    SELECTIONS,
+    TokenStats,
+    check_selection,
+    divisor,
+    keep_at,
+    kept,
+    needs,
+    parse_keep,
+    select,
+)
 from adaspec_eagle.unroll import step_masks, supervised
 from tests.records import record
 
@@ -63,3 +78,121 @@ def test_position_i_counts_at_step_s_exactly_if_token_i_2_s_is_an_answer_token()
             if i + 2 + step < 8 and item["loss_mask"][b, i + 2 + step]
         }
         assert found == wanted
+
+
+def stats(seed: int = 0, steps: int = 3, keep: str = "0.4") -> TokenStats:
+    """Two rows with 6 and 4 supervised positions, the first of which nothing predicts at step 2."""
+    draw = torch.Generator().manual_seed(seed)
+    positions = torch.tensor([1, 2, 3, 4, 5, 6, 4, 5, 6, 7])
+    shape = (steps, len(positions))
+    return TokenStats(
+        loss=torch.rand(shape, generator=draw),
+        mask=step_masks(positions, steps),
+        rows=torch.tensor([0] * 6 + [1] * 4),
+        positions=positions,
+        keep=Decimal(keep),
+        generator=torch.Generator().manual_seed(seed),
+        reference=torch.rand(shape, generator=draw),
+        entropy=torch.rand(shape, generator=draw),
+        flatness=torch.rand(shape, generator=draw),
+        rank=torch.randint(0, 6, shape, generator=draw).float(),
+        overlap=torch.rand(shape, generator=draw),
+    )
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_weights_lie_within_the_mask_and_count_what_they_are_divided_by(name):
+    given = stats()
+    weights = SELECTIONS[name](given)
+    assert weights.shape == given.mask.shape
+    assert not weights[~given.mask].any()
+    assert ((weights >= 0) & (weights <= 1)).all()
+    assert weights.sum() > 0
+    wanted = given.mask.sum(1) if name in BY_COUNT else weights.sum(1)
+    assert divisor(name, given.mask, given.keep).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_a_selection_reads_no_more_than_it_says(name):
+    given = stats()
+    bare = dict.fromkeys(("entropy", "flatness", "rank", "overlap", "reference"))
+    read = {"reference" if n == "average" else n: None for n in NEEDS.get(name, ())}
+    kept_facts = {n: getattr(given, n) for n in read}
+    assert torch.equal(
+        SELECTIONS[name](replace(stats(), **(bare | kept_facts))), SELECTIONS[name](stats())
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [
+        ("adaspec", lambda s: s.loss - s.reference),
+        ("largest", lambda s: s.loss),
+        ("smallest", lambda s: -s.loss),
+        ("entropy", lambda s: s.entropy),
+        ("flatness", lambda s: s.flatness),
+    ],
+)
+def test_a_fraction_k_is_the_one_with_the_largest_score(name, score):
+    given = stats()
+    weights, scores = SELECTIONS[name](given), score(given)
+    for step in range(3):
+        inside = scores[step][given.mask[step]]
+        least = inside.sort(descending=True).values[kept(len(inside), "0.4") - 1]
+        assert torch.equal(weights[step].bool(), given.mask[step] & (scores[step] >= least))
+
+
+def test_random_tokens_follow_from_the_generator_alone():
+    first, again, other = (SELECTIONS["random"](stats(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_the_gap_decides_how_many_count():
+    given = stats()
+    wanted = given.mask & (given.loss > given.reference)
+    assert torch.equal(SELECTIONS["adaspec-gap"](given), wanted)
+
+
+def test_earlier_steps_at_the_same_index_decide_what_is_reached():
+    """Against a loop: step s at position p stands at index p - 1 - s, as step s - 1 at p - 1."""
+    given = stats()
+    where = {
+        (int(r), int(p)): m
+        for m, (r, p) in enumerate(zip(given.rows, given.positions, strict=True))
+    }
+    reached, best = SELECTIONS["reach"](given), SELECTIONS["top3"](given)
+    for (row, p), m in where.items():
+        for step in range(3):
+            if not given.mask[step, m]:
+                continue
+            earlier = [(j, where.get((row, p - step + j))) for j in range(step)]
+            chance, passed = 1.0, bool(given.rank[step, m] < 3)
+            for j, at in earlier:
+                if at is not None and all(where.get((row, p - n)) for n in range(step - j)):
+                    chance *= float(given.overlap[j, at])
+                    passed = passed and bool(given.rank[j, at] < 3)
+            assert float(reached[step, m]) == pytest.approx(chance)
+            assert bool(best[step, m]) == passed
+
+
+def test_annealing_goes_from_all_tokens_to_the_fraction():
+    keep = Decimal("0.4")
+    assert [keep_at("adaspec-anneal", keep, t) for t in (0, 0.5, 1)] == [1, Decimal("0.7"), keep]
+    assert keep_at("adaspec", keep, 0.0) == keep
+
+
+def test_a_selection_of_ones_own_is_given_everything_and_divided_by_all_tokens(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def half(stats):\n    return 0.5 * stats.mask\n")
+    name = f"{file}:half"
+    check_selection(name)
+    assert set(needs(name)) == {"entropy", "flatness", "rank", "overlap"}
+    given = stats()
+    assert divisor(name, given.mask, given.keep).tolist() == given.mask.sum(1).tolist()
+
+
+@pytest.mark.parametrize("wrong", ["adaspek", "mine.py", ""])
+def test_a_selection_that_is_none_is_refused(wrong):
+    with pytest.raises(UserError, match="--select"):
+        check_selection(wrong)
