@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser, prompts: Path) -> None:
     add("--batch-size", type=positive, default=1, metavar="B", help="default: %(default)s")
     add("--dtype", help="bfloat16, float32, float64; default: bfloat16 where the device computes "
         "it natively, else float32")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the bootstrap (decoding is greedy); default: 0")
+    add("--seed", type=int, default=0, help="of the bootstrap, and of what is sampled; default: 0")
     add("--out", type=Path, metavar="DIR", help="folder for result.json")
     add("--allow-other-target", action="store_true",
         help="measure a head that was trained for other weights")  # fmt: skip

@@ -171,7 +171,22 @@ def make_batch(target: Target, head: DraftHead, item: Mapping[str, Tensor]) -> B
     return Batch(ids, row, position, features, hidden, known)
 
 
-@torch.no_grad()
+@dataclass
+class Forced:
+    """What a head does on given answers, as sums of each of R records."""
+
+    sums: Tensor  # [R, 3, S] of loss, overlap and match over the supervised positions
+    counts: Tensor  # [R, S] supervised positions
+    products: Tensor  # [R] sums over indices of sum_s prod_{j <= s} match_j
+    indices: Tensor  # [R] indices at which all S steps count
+
+    def figures(self) -> dict[str, Any]:
+        """`loss`, `overlap`, `match` a step, and `tau_sim`: ratios of sums over the records."""
+        means = (self.sums.sum(0) / self.counts.sum(0).clamp(min=1)).tolist()
+        tau_sim = 1 + float(self.products.sum() / self.indices.sum().clamp(min=1))
+        return dict(zip(("loss", "overlap", "match"), means, strict=True)) | {"tau_sim": tau_sim}
+
+
 def teacher_forced(
     target: Target,
     head: DraftHead,
@@ -188,22 +203,40 @@ def teacher_forced(
     length of a chain of `steps` drafts, exact for the target's own greedy answers, an approximation
     for others.
     """
+    return forced_counts(target, head, answers, steps, batch_size, loss).figures()
+
+
+@torch.no_grad()
+def forced_counts(
+    target: Target,
+    head: DraftHead,
+    answers: "AnswerSet | Sequence[Record]",
+    steps: int,
+    batch_size: int = 8,
+    loss: str = "fkl",
+) -> Forced:
+    """What `teacher_forced` is made of, record by record, float64 on the CPU."""
     answers = answers if isinstance(answers, AnswerSet) else AnswerSet(answers)
     objective = Objective(loss, unroll=steps)
     lengths = torch.tensor(answers.lengths())
-    sums, counts = torch.zeros(3, steps, dtype=torch.float64), torch.zeros(steps)
-    products, places = 0.0, 0
+    records = len(lengths)
+    sums = torch.zeros(records, 3, steps, dtype=torch.float64)
+    counts = torch.zeros(records, steps, dtype=torch.float64)
+    products, indices = torch.zeros(2, records, dtype=torch.float64)
     for chosen in lengths.argsort(descending=True).split(batch_size):
         batch = make_batch(target, head, collate([answers[int(i)] for i in chosen]))
         tokens = target_tokens(target, head, batch, full=True)
         figures, mask = _figures(head, objective, batch, tokens), step_masks(batch.positions, steps)
-        sums += torch.where(mask, figures, 0.0).sum(-1).cpu().double()
-        counts += mask.sum(-1).cpu()
-        run = _aligned(figures[2] * mask, batch).cumprod(0)  # [S, indices]
-        products, places = products + float(run.sum()), places + run.shape[1]
-    means = (sums / counts.clamp(min=1)).tolist()
-    tau_sim = 1 + products / max(places, 1)
-    return dict(zip(("loss", "overlap", "match"), means, strict=True)) | {"tau_sim": tau_sim}
+        record = chosen[batch.rows.cpu()]  # [M]
+        shown = torch.where(mask, figures, 0.0).cpu().double()  # [3, S, M]
+        sums.index_add_(0, record, shown.permute(2, 0, 1))
+        counts.index_add_(0, record, mask.t().cpu().double())
+        first = whole_indices(batch, steps)  # [I]
+        run = torch.stack([(figures[2] * mask)[s, first + s] for s in range(steps)]).cumprod(0)
+        place = record[first.cpu()]
+        products.index_add_(0, place, run.sum(0).cpu().double())
+        indices.index_add_(0, place, torch.ones(len(place)).double())
+    return Forced(sums, counts, products, indices)
 
 
 def _figures(head: DraftHead, objective: Objective, batch: Batch, tokens: TargetTokens) -> Tensor:
@@ -225,18 +258,16 @@ def _figures(head: DraftHead, objective: Objective, batch: Batch, tokens: Target
     return found
 
 
-def _aligned(match: Tensor, batch: Batch) -> Tensor:
-    """Matches `[S, M]` by target position -> `[S, I]` by the head's index i = p - 1 - s.
+def whole_indices(batch: Batch, steps: int) -> Tensor:
+    """Where the head's index i = p - 1 - s counts at all S steps: the m of step 0, `[I]`.
 
-    Only indices at which all S steps are supervised; an answer is contiguous.
+    Step s of that index stands at m + s, because an answer is contiguous.
     """
-    steps = match.shape[0]
     rows, positions = batch.rows, batch.positions
     flat = rows * (batch.input_ids.shape[1] + steps) + positions  # [M], ascending
-    whole = flat[steps - 1 :] - flat[: len(flat) - steps + 1] == steps - 1
-    first = whole.nonzero()[:, 0]  # m of step 0; step s stands at m + s
-    first = first[positions[first] >= 1]
-    return torch.stack([match[s, first + s] for s in range(steps)])
+    whole = flat[steps - 1 :] - flat[: max(len(flat) - steps + 1, 0)] == steps - 1
+    first = whole.nonzero()[:, 0]
+    return first[positions[first] >= 1]
 
 
 @dataclass

@@ -67,7 +67,7 @@ def summarize(units: Sequence[Unit], arms: Sequence[Arm], seed: int) -> dict[str
     return {
         arm.key: _counts(units, arm)
         | _ratio_fields({n: points[n][i] for n in RATIOS}, {n: spread[n][:, i] for n in RATIOS})
-        | acceptance_figures([unit.outcomes[arm.key].stats for unit in units], arm, seed)
+        | draft_figures([unit.outcomes[arm.key].stats for unit in units], arm.key == "chain", seed)
         for i, arm in enumerate(arms)
     }
 
@@ -123,17 +123,17 @@ def _counts(units: Sequence[Unit], arm: Arm) -> dict[str, Any]:
     }
 
 
-def acceptance_figures(stats: Sequence[AcceptanceStats], arm: Arm, seed: int) -> dict[str, Any]:
+def draft_figures(stats: Sequence[AcceptanceStats], chain: bool, seed: int) -> dict[str, Any]:
     """Acceptance by depth, and for chains alpha, each with intervals over the units' counts.
 
-    An arm that is no chain has an empty `alpha_by_depth`: alpha is defined on chains.
+    What is no chain has an empty `alpha_by_depth`: alpha is defined on chains.
     """
     names = ["acceptance_by_depth"]
-    if arm.key == "chain":
+    if chain:
         names += ["alpha_by_depth", "greedy_alpha"]
     summed = total(stats)
     fields: dict[str, Any] = {"histogram": summed.accepted, "alpha_by_depth": []}
-    draws = resampled_stats(stats, seed) if arm.shape else []
+    draws = resampled_stats(stats, seed)
     for name in names:
         value = getattr(summed, name)
         fields[name] = value

@@ -6,7 +6,7 @@ Legend: B rows still running, T prompt columns, N nodes, P path length.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ class Generation:
 
     sequences: Tensor  # [B, T + new]: the prompt as given, the answer, then the pad id
     answers: list[list[int]]  # trimmed behind the first end token
-    stats: AcceptanceStats
+    by_row: list[AcceptanceStats]  # each row's counts, without seconds
+    stats: AcceptanceStats  # their sum, with the seconds of all
 
 
 @dataclass
@@ -70,10 +71,18 @@ class Answers:
     limit: int
     end_ids: frozenset[int]
     tokens: list[list[int]]
-    stats: AcceptanceStats = field(default_factory=AcceptanceStats)
+    seconds: dict[str, float] = field(default_factory=dict)  # of all rows, by part
     stops: Callable[[int, list[int]], bool] | None = None  # (row, its answer) -> whether to stop
     watch: Callable[[int, list[int], int], None] | None = None  # (row, new tokens, accepted drafts)
     stopped: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.by_row = [AcceptanceStats() for _ in self.tokens]
+
+    @property
+    def stats(self) -> AcceptanceStats:
+        """The counts of all rows together."""
+        return replace(sum(self.by_row, AcceptanceStats()), seconds=self.seconds)
 
     def ended(self, row: int) -> bool:
         """Whether a row is finished: an end token, the limit, or what `stops` says."""
@@ -91,14 +100,14 @@ class Answers:
             taken += 1
             if self.stops and self.stops(row, self.tokens[row]):
                 self.stopped.add(row)
-        self.stats.new_tokens += taken
+        self.by_row[row].new_tokens += taken
         if self.watch and taken:
             self.watch(row, new[:taken], min(taken, len(new) - 1))
         return taken
 
-    def count_round(self, taken: int, accepted: int, depth: int, nodes: int) -> None:
+    def count_round(self, row: int, taken: int, accepted: int, depth: int, nodes: int) -> None:
         """Add one live (row, round) pair to the statistics."""
-        stats = self.stats
+        stats = self.by_row[row]
         stats.rounds += 1
         stats.tokens += taken
         stats.nodes += nodes
@@ -175,7 +184,7 @@ def generate(
         )
     decode(target, head, rows, shape, sampler, answers)
     sequences = padded_answers(input_ids, answers.tokens, target.pad_token_id)
-    return Generation(sequences, answers.tokens, answers.stats)
+    return Generation(sequences, answers.tokens, answers.by_row, answers.stats)
 
 
 def _processors(
@@ -223,11 +232,10 @@ def decode(
         for b, tokens in enumerate(run.round(running)):
             if running[b]:
                 taken = answers.extend(live[b], tokens)
-                answers.count_round(taken, len(tokens) - 1, run.depths[b], run.nodes)
-                answers.stats.undrafted += head is not None and run.nodes == 0
-    stats = answers.stats
-    stats.seconds = clock.seconds
-    stats.seconds["rest"] = clock.now() - begin - sum(clock.seconds.values())
+                answers.count_round(live[b], taken, len(tokens) - 1, run.depths[b], run.nodes)
+                answers.by_row[live[b]].undrafted += head is not None and run.nodes == 0
+    rest = clock.now() - begin - sum(clock.seconds.values())
+    answers.seconds = clock.seconds | {"rest": rest}
 
 
 class _Run:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from adaspec_eagle import plots
+from adaspec_eagle.acceptance import HEADER, table_rows
 from adaspec_eagle.errors import UserError, run_main
-from adaspec_eagle.record import markdown_table, with_interval, write_text
+from adaspec_eagle.record import markdown_table, write_text
 
 MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -97,14 +98,7 @@ def speedup_files(result: dict[str, Any]) -> str:
 
 def acceptance(result: dict[str, Any]) -> str:
     """Rows are tasks."""
-    header = ["task", "n", "tau", "greedy alpha", "alpha by depth", "overlap by step"]
-    rows = []
-    for name, one in [*result["tasks"].items(), ("all", result["all"])]:
-        alpha = with_interval(one["greedy_alpha"], one["greedy_alpha_ci95"], 3)
-        lists = (one["alpha_by_depth"], one["overlap"])
-        cells = [" ".join(f"{value:.2f}" for value in values) for values in lists]
-        rows.append([Path(name).name, one["prompts"], f"{one['tau']:.2f}", alpha, *cells])
-    return markdown_table(header, rows)
+    return markdown_table(HEADER, table_rows(result))
 
 
 def lossless(result: dict[str, Any]) -> str:

@@ -211,17 +211,20 @@ def test_lossless_fails_where_an_answer_is_not_the_targets(here, capsys, monkeyp
     assert module.main(arguments("--dtype", "bfloat16", "--prompts", "a.jsonl")) == 1
 
 
-def test_acceptance_names_its_three_figures_apart(here, capsys):
+def test_acceptance_names_its_figures_apart(here, capsys):
     files = ("--prompts", "a.jsonl", "b.jsonl", "--chain", "3", "--out", "accepted")
     assert script("acceptance").main(arguments(*files)) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result == json.loads((here / "accepted" / "result.json").read_text())
+    whole = json.loads((here / "accepted" / "result.json").read_text())
+    assert [len(rows) for rows in whole.pop("per_prompt").values()] == [3, 2]
+    assert result == whole
     assert list(result["tasks"]) == ["a.jsonl", "b.jsonl"]
     for one in [*result["tasks"].values(), result["all"]]:
         assert len(one["overlap"]) == 3
         assert all(0 <= share <= 1 for share in one["overlap"] + one["alpha_by_depth"])
-        low, high = one["greedy_alpha_ci95"]
-        assert low <= one["greedy_alpha"] <= high
+        for name in ("greedy_alpha", "alpha_t1"):
+            low, high = one[f"{name}_ci95"]
+            assert low <= one[name] <= high
 
 
 def test_tables_come_from_the_record_and_check_sees_a_stale_one(measured, here, capsys):

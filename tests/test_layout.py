@@ -26,7 +26,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"draft", "unroll"},
     {"generate"},
     {"distill", "selfdata", "asks", "estimate", "plug", "chat"},
-    {"answers", "bench", "export", "callbacks", "plots", "prepare", "reference"},
+    {"acceptance", "answers", "bench", "export", "callbacks", "plots", "prepare", "reference"},
     {"train", "measure"},
     {"figures", "rescore"},
 ]
