@@ -20,14 +20,15 @@ from adaspec_eagle.targets import Target
 Found = TypeVar("Found")
 
 
-def split_records(
-    records: list[Record], held_back: int, seed: int
-) -> tuple[list[Record], list[Record]]:
-    """(training, held back): at most `held_back` records and at most a tenth, drawn by seed."""
+def split_records(records: list[Record], held_back: int) -> tuple[list[Record], list[Record]]:
+    """(training, held back): at most `held_back` records and at most a tenth.
+
+    Drawn by the number of records alone: runs with other seeds hold the same ones back.
+    """
     count = min(held_back, len(records) // 10) or 1
     if len(records) < 2:
         raise UserError("one record is too few: training needs some, evaluation needs others")
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
     held = sorted(order[:count])
     chosen = set(held)
     return [r for i, r in enumerate(records) if i not in chosen], [records[i] for i in held]

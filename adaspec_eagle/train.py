@@ -73,6 +73,7 @@ class TrainConfig:
     max_length: int = 512
     held_back: int = 64  # records kept for evaluation (at most a tenth)
     evaluations: int = 6  # a stage
+    take: str = "best"  # which weights a stage ends with: best by tau_sim, or last
     features: str | None = None  # memory, disk, recompute; None: by size
     seed: int = 0
     dtype: str | None = None
@@ -86,6 +87,7 @@ class TrainConfig:
             ("method", self.method, METHODS),
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("start", self.start, ("target", "random")),
+            ("take", self.take, ("best", "last")),
             ("features", self.features, (None, *MODES)),
         )
         for name, value, known in choices:
@@ -114,38 +116,59 @@ class TrainConfig:
 
 
 @dataclass
-class Job:
-    """A training run on its way: what its stages share."""
+class Prepared:
+    """Data, ready to train on."""
 
-    config: TrainConfig
-    out: Path
-    target: Target
     train: AnswerSet
     held_back: AnswerSet
     vocab: torch.Tensor  # [Vd] target ids
     facts: dict[str, Any]  # about data, vocabulary and features, for train.json
 
 
-def run_training(config: TrainConfig, out: Path, resume: bool = False) -> Path:
+@dataclass
+class Job:
+    """A training run on its way: what its stages share."""
+
+    config: TrainConfig
+    out: Path
+    target: Target
+    data: Prepared
+
+
+@dataclass
+class Workshop:
+    """What runs in one process share: the target, and the data prepared last, by what they need."""
+
+    target: Target
+    wanted: tuple = ()
+    data: Prepared | None = None
+
+
+def run_training(
+    config: TrainConfig, out: Path, resume: bool = False, workshop: Workshop | None = None
+) -> Path:
     """Train OUT/reference (where the selection needs one) and OUT/head; the latter's folder.
 
     Under `accelerate launch` all processes call this. A finished stage is not run again when
-    resuming. Raises UserError for bad input, Interrupted when Ctrl-C stopped it after a checkpoint.
+    resuming. workshop: for several runs one after the other (eval/compare.py). Raises UserError for
+    bad input, Interrupted when Ctrl-C stopped it after a checkpoint.
     """
     device = join_processes(config.device)
     with main_first():
         config = _settle(config, out, resume)
     config.device = device or config.device
     kind = head_class(config.head)
-    target = Target.load(config.target, config.dtype, config.device)
-    say(describe(target))
+    if workshop is None:
+        workshop = Workshop(Target.load(config.target, config.dtype, config.device))
+        say(describe(workshop.target))
+    target = workshop.target
     config.dtype = str(target.dtype).removeprefix("torch.")
     config.lr = config.lr or OPTIMIZERS[config.optimizer]
     config.loss = config.loss or kind.default_loss
     config.unroll = config.unroll or kind.default_unroll
     config.draft_vocab = config.draft_vocab or kind.default_draft_vocab or target.vocab_size
     given = _given_heads(config, target)
-    job = _prepare(config, out, target, given)
+    job = Job(config, out, target, _prepare(config, out, workshop, given))
     reference = None
     if "reference" in needs(config.selection):
         reference = given.get("reference") or _reference(job)
@@ -215,18 +238,48 @@ def _settle(config: TrainConfig, out: Path, resume: bool) -> TrainConfig:
     return config
 
 
-def _prepare(config: TrainConfig, out: Path, target: Target, given: dict[str, DraftHead]) -> Job:
+def _prepare(
+    config: TrainConfig, out: Path, workshop: Workshop, given: dict[str, DraftHead]
+) -> Prepared:
     """Read or make the data, choose the draft vocabulary, compute the features."""
+    target = workshop.target
     with main_first():
         config.data = config.data or [str(_self_written(config, target, out))]
-    paths = config.data
-    records = load_training(paths, target, min(config.max_length, target.context))
-    train, held = split_records(records, config.held_back, config.seed)
     fixed = next(iter(given.values()), None)  # a given head brings its vocabulary along
-    assert config.draft_vocab is not None
     if fixed is not None:
         config.draft_vocab = fixed.config.draft_vocab_size
     fixed_ids = None if fixed is None else fixed.draft_ids
+    layers = head_class(config.head).feature_layers(target.num_layers)
+    wanted = (config.data, layers, config.draft_vocab, config.max_length, config.held_back)
+    if workshop.data is None or workshop.wanted != wanted or not _has_vocab(workshop, fixed_ids):
+        workshop.data = None  # lets go of its features first
+        made = _read(config, target, fixed_ids)
+        workshop.data, workshop.wanted = made, wanted
+        lengths = AnswerSet([*made.train.records, *made.held_back.records]).lengths()
+        if config.features is None:
+            width = row_width(target, layers)
+            config.features = agreed(choose_mode(lengths, width, target.dtype, out))
+        made.facts["features"] = config.features
+        _pin(config, out, made)
+        if config.features != "recompute":
+            _fill(made, target, layers, out, config.features)
+        return made
+    config.features = workshop.data.facts["features"]
+    _pin(config, out, workshop.data)
+    return workshop.data
+
+
+def _has_vocab(workshop: Workshop, ids: torch.Tensor | None) -> bool:
+    """Whether the data prepared last have this draft vocabulary (None: any)."""
+    assert workshop.data is not None
+    return ids is None or torch.equal(workshop.data.vocab, ids.cpu())
+
+
+def _read(config: TrainConfig, target: Target, fixed_ids: torch.Tensor | None) -> Prepared:
+    """The records of the data files, split, and their draft vocabulary; no features yet."""
+    records = load_training(config.data, target, min(config.max_length, target.context))
+    train, held = split_records(records, config.held_back)
+    assert config.draft_vocab is not None
     vocab, coverage = draft_vocab(train, target, config.draft_vocab, fixed_ids)
     answers = sum(len(record.answer_ids) for record in train)
     say(
@@ -235,38 +288,31 @@ def _prepare(config: TrainConfig, out: Path, target: Target, given: dict[str, Dr
         "answer tokens"
     )
     facts = {
-        "files": paths,
+        "files": config.data,
         "records": len(train),
         "held_back": len(held),
         "answer_tokens": answers,
         "tasks": dict(Counter(record.task for record in train)),
         "draft_vocab": len(vocab),
         "coverage": coverage,
+        "draft_ids": zlib.crc32(vocab.numpy().tobytes()),
     }
-    layers = head_class(config.head).feature_layers(target.num_layers)
-    lengths = AnswerSet([*train, *held]).lengths()
-    if config.features is None:
-        width = row_width(target, layers)
-        config.features = agreed(choose_mode(lengths, width, target.dtype, out))
-    facts["features"] = config.features
-    _pin(config, out, facts | {"draft_ids": zlib.crc32(vocab.numpy().tobytes())})
-    tables: list[FeatureTable | None] = [None, None]
-    if config.features != "recompute":
-        begin = time.perf_counter()
-        table = compute_features(target, [*train, *held], layers, out, config.features)
-        facts["feature_seconds"] = time.perf_counter() - begin
-        cut = len(train)
-        tables = [
-            FeatureTable(table.rows, table.offsets[: cut + 1]),
-            FeatureTable(table.rows, table.offsets[cut:]),
-        ]
-    return Job(
-        config, out, target, AnswerSet(train, tables[0]), AnswerSet(held, tables[1]), vocab, facts
-    )
+    return Prepared(AnswerSet(train), AnswerSet(held), vocab, facts)
 
 
-def _pin(config: TrainConfig, out: Path, facts: dict[str, Any]) -> None:
+def _fill(made: Prepared, target: Target, layers: list[int], out: Path, mode: str) -> None:
+    """Compute the features of all records."""
+    begin, cut = time.perf_counter(), len(made.train)
+    records = [*made.train.records, *made.held_back.records]
+    table = compute_features(target, records, layers, out, mode)
+    made.train.table = FeatureTable(table.rows, table.offsets[: cut + 1])
+    made.held_back.table = FeatureTable(table.rows, table.offsets[cut:])
+    made.facts["feature_seconds"] = time.perf_counter() - begin
+
+
+def _pin(config: TrainConfig, out: Path, data: Prepared) -> None:
     """Write what was chosen automatically; when resuming refuse data that have changed since."""
+    facts = data.facts
     saved = json.loads((out / "run.json").read_text())
     for name in ("records", "answer_tokens", "draft_ids"):
         if "data" in saved and saved["data"][name] != facts[name]:
@@ -304,7 +350,7 @@ def _stage(
     say(f"training {folder}: selection {objective.select}, {epochs:g} epochs")
     head = _fresh_head(job, name)
     checkpoints = job.out / "checkpoints" / name
-    train = job.train
+    train = job.data.train
     alone = process_count() == 1  # else each would make the others' share of the pass, too
     if reference is not None and train.table is not None and epochs >= 1 and alone:
         train = compute_reference(job.target, reference, train, objective)
@@ -316,7 +362,7 @@ def _stage(
         optimizer=job.config.optimizer,
         args=_arguments(job, checkpoints, epochs),
         train_dataset=train,
-        eval_dataset=job.held_back,
+        eval_dataset=job.data.held_back,
         callbacks=[stop := StopGently(), ProgressLine()],
     )
     trainer.remove_callback(PrinterCallback)
@@ -333,10 +379,10 @@ def _stage(
         "config": asdict(job.config),
         "stage": name,
         "objective": asdict(objective) | {"keep": str(objective.keep)},
-        "data": job.facts,
+        "data": job.data.facts,
         "epochs": epochs,
         "steps": trainer.state.max_steps,
-        "answer_token_passes": round(job.facts["answer_tokens"] * epochs),
+        "answer_token_passes": round(job.data.facts["answer_tokens"] * epochs),
         "best_tau_sim": trainer.state.best_metric,
         "best_step": trainer.state.best_global_step,
         "seconds_since_last_start": time.perf_counter() - begin,
@@ -357,15 +403,15 @@ def _fresh_head(job: Job, name: str) -> DraftHead:
         head = load_head(config.init, target)
     else:
         sizes = HeadConfig.for_target(
-            config.head, target, len(job.vocab), train_output=config.train_output
+            config.head, target, len(job.data.vocab), train_output=config.train_output
         )
         head = new_head(sizes, config.seed)
         if config.start == "target":
             head.start_from(target)
-        head.set_draft_vocab(job.vocab)
+        head.set_draft_vocab(job.data.vocab)
         if config.train_output:
             with torch.no_grad():
-                head.lm_head.weight.copy_(target.output_rows[job.vocab])
+                head.lm_head.weight.copy_(target.output_rows[job.data.vocab])
     full = target.dtype in (torch.bfloat16, torch.float16)
     return head.train().to(torch.float32 if full else target.dtype).bind(target)
 
@@ -374,7 +420,7 @@ def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
     """The Trainer's arguments for one stage."""
     config = job.config
     window = config.batch_size * config.accumulate * process_count()
-    steps = max(1, round(len(job.train) / window * epochs))
+    steps = max(1, round(len(job.data.train) / window * epochs))
     every = max(1, steps // config.evaluations)
     made = TrainingArguments(
         output_dir=str(folder),
@@ -394,7 +440,7 @@ def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
         eval_steps=every,
         save_steps=every,
         save_total_limit=2,
-        load_best_model_at_end=True,
+        load_best_model_at_end=config.take == "best",
         metric_for_best_model="tau_sim",
         greater_is_better=True,
         logging_steps=min(20, every),

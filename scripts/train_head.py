@@ -45,6 +45,7 @@ HELP = {
     "max_length": "tokens of a record, prompt included; longer answers are cut",
     "held_back": "records kept for evaluation, at most a tenth",
     "evaluations": "evaluations and checkpoints of a stage",
+    "take": "the weights that a stage ends with: best (by tau_sim on held-back records) or last",
     "features": "memory, disk or recompute; by default by size",
     "seed": "of weights, batches and self-written data",
     "dtype": "bfloat16, float32 or float64; by default what the device computes natively",
