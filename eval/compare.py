@@ -1,0 +1,95 @@
+"""Train and measure several methods at equal compute.
+
+    python eval/compare.py --data 'data/{task}.jsonl.gz' --prompts 'dev/{task}.test.jsonl'
+    python eval/compare.py --tasks gsm8k,alpaca --arms mine.yaml --seeds 5 --out results/compare
+
+A grid of cells (arm, task, seed). Run the same command again after a kill, or at the same time in
+several processes or on several machines that share the folders: cells are independent. Prompts of
+--prompts are read once a cell, at its end; checkpoints are chosen on held-back training records.
+The last line of stdout is JSON.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from adaspec_eagle.bench import positive
+from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.grid import Settings, cells_of, read_plan, run_grid
+from adaspec_eagle.hub import HUB_SETS
+from adaspec_eagle.record import one_line
+from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
+from adaspec_eagle.train import Workshop
+
+ARMS = Path(__file__).with_name("arms.yaml")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (default: %(default)s)")
+    add("--tasks", default=",".join(HUB_SETS), help="default: %(default)s")
+    add("--data", default="runs/data/{task}.jsonl", metavar="PATTERN",
+        help="answers to train on (make_data.py); default: %(default)s")  # fmt: skip
+    add("--prompts", default="{task}", metavar="PATTERN",
+        help="prompts to measure on, files or hub sets; default: the hub's test split")  # fmt: skip
+    add("--arms", type=Path, default=ARMS, metavar="FILE", help="default: eval/arms.yaml")
+    add("--only", help="these arms of the file alone, with those that they need done already")
+    add("--seeds", type=positive, default=5, help="default: %(default)s")
+    add("--epochs", default="3", help="epochs of an arm, or best: chosen by acceptance on "
+        "held-back records among --most-epochs; default: %(default)s")  # fmt: skip
+    add("--most-epochs", type=float, default=6.0, help="default: %(default)s")
+    add("--limit", type=positive, default=64, help="prompts a task; default: %(default)s")
+    add("--max-new-tokens", type=positive, default=128, help="default: %(default)s")
+    add("--depth", type=positive, default=5, help="of the chains; default: %(default)s")
+    add("--dtype", help="bfloat16, float32, float64; default: what the device computes natively")
+    add("--out", type=Path, default=Path("results/compare"), help="default: %(default)s")
+    add("--work", type=Path, default=Path("runs/compare"),
+        help="heads and checkpoints; default: %(default)s")  # fmt: skip
+    return made
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """What all cells have in common; UserError for a budget that is none."""
+    try:
+        good = args.epochs == "best" or float(args.epochs) > 0
+    except ValueError:
+        good = False
+    if not good or args.most_epochs <= 0:
+        raise UserError(f"--epochs {args.epochs}: give a number above 0, or best")
+    return Settings(
+        args.target,
+        args.data,
+        args.prompts,
+        args.epochs,
+        args.most_epochs,
+        args.limit,
+        args.max_new_tokens,
+        args.depth,
+        args.dtype,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Work on the grid."""
+    args = parser().parse_args(argv)
+    plan, settings = read_plan(args.arms), settings_of(args)
+    cells = cells_of(plan, args.tasks.split(","), args.seeds)
+    if args.only:
+        wanted = args.only.split(",")
+        if unknown := set(wanted) - set(plan.arms):
+            raise UserError(f"--only: {args.arms} has no arm {', '.join(sorted(unknown))}")
+        cells = [cell for cell in cells if cell.arm in wanted]
+    target = Target.load(args.target, args.dtype)
+    print(describe(target), file=sys.stderr)
+    done = run_grid(plan, cells, settings, Workshop(target), args.out, args.work)
+    print(one_line({"cells": len(cells), "done_here": done}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
