@@ -3,8 +3,8 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -30,6 +30,14 @@ class Prompt:
     source: str  # file or task name, as given
     messages: list[dict[str, str]]
     ids: list[int]
+    later: tuple[str, ...] = ()  # user messages that follow, each behind the arm's own answer
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the texts of `messages` and `later` as a JSON list: who has the set can
+        tell that a prompt is the same."""
+        texts = [*(message["content"] for message in self.messages), *self.later]
+        return hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,13 @@ class Source:
     name: str
     sha256: str
     prompts: list[Prompt]
+    origin: str | None = None  # where a named set was read
 
     def describe(self) -> dict[str, Any]:
         """What a result says about it."""
-        return {"file": self.name, "sha256": self.sha256, "prompts": len(self.prompts)}
+        origin = {"origin": self.origin} if self.origin else {}
+        facts = {"file": self.name, "sha256": self.sha256, "prompts": len(self.prompts)}
+        return facts | origin
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,8 @@ class Bench:
     max_new_tokens: int
     batch_size: int
     allow_other_target: bool = False
+    temperature: float = 0.0
+    seed: int = 0  # of sampling; a prompt's random numbers do not depend on the other prompts
 
     def units(self) -> list[list[Prompt]]:
         """Batches of prompts of one source each, in the order given."""
@@ -75,15 +88,17 @@ class Bench:
 # ---- arguments -----------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser, prompts: Path) -> None:
-    """The options that every measuring script has; `prompts` is the default prompt file."""
+def add_arguments(parser: argparse.ArgumentParser, prompts: Path | None) -> None:
+    """The options that every measuring script has; `prompts` is the default prompt file (None: the
+    script finds its prompts by itself)."""
     add = parser.add_argument
     add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (default: %(default)s)")
     add("--head", metavar="DIR|ID", help="draft head, a folder or a hub id, also in EAGLE's, "
         "SGLang's, vLLM's or speculators' layout; default: the newest runs/*/head that was trained "
         "for this target, else the one that ships")  # fmt: skip
-    add("--prompts", nargs="+", action="extend", metavar="FILE|TASK",
-        help=f"prompt files (JSON Lines) or task names; default: {prompts.name}")  # fmt: skip
+    if prompts:
+        add("--prompts", nargs="+", action="extend", metavar="FILE|TASK",
+            help=f"prompt files (JSON Lines) or task names; default: {prompts.name}")  # fmt: skip
     add("--limit", type=positive, metavar="N", help="use the first N prompts of each file")
     add("--max-new-tokens", type=positive, default=128, metavar="N", help="default: %(default)s")
     add("--batch-size", type=positive, default=1, metavar="B", help="default: %(default)s")
@@ -129,16 +144,24 @@ def draft_shapes(tree: Sequence[str] | None, chain: int | None) -> dict[str, str
 # ---- choosing: target, head, prompts -------------------------------------------------------------
 
 
-def open_bench(args: argparse.Namespace) -> Bench:
+def prompt_sources(args: argparse.Namespace, target: Target) -> list[Source]:
+    """The prompts that `--prompts` names, else the default ones."""
+    names = list(dict.fromkeys(args.prompts or [shown(args.default_prompts)]))
+    return [read_source(name, target, args.limit, args.max_new_tokens) for name in names]
+
+
+def open_bench(
+    args: argparse.Namespace,
+    read: Callable[[argparse.Namespace, Target], list[Source]] = prompt_sources,
+) -> Bench:
     """Load target, head and prompts as the arguments say. Raises UserError on anything unfit."""
     given = HeadChoice(local_folder(args.head), "--head") if args.head else None
     target = Target.load(args.target, dtype=args.dtype)
     choice = given or find_head(target)
     head = load_head(choice.folder, target, allow_other_target=args.allow_other_target)
-    names = list(dict.fromkeys(args.prompts or [shown(args.default_prompts)]))
-    sources = [read_source(name, target, args.limit, args.max_new_tokens) for name in names]
     sizes = (args.max_new_tokens, args.batch_size)
-    return Bench(target, head, choice, sources, *sizes, args.allow_other_target)
+    sources = read(args, target)
+    return Bench(target, head, choice, sources, *sizes, args.allow_other_target, seed=args.seed)
 
 
 def find_head(target: Target, runs: Path = Path("runs")) -> HeadChoice:
@@ -177,26 +200,42 @@ def read_source(name: str, target: Target, limit: int | None, max_new_tokens: in
     else:
         records = task_prompts(name, limit)
         digest = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
-    prompts = [_prompt(record, name, target) for record in records]
+    prompts = [make_prompt(record, name, target, max_new_tokens) for record in records]
     if not prompts:
         raise UserError(f"{name} has no prompts")
-    for prompt in prompts:
-        _check_length(prompt, target, max_new_tokens)
     return Source(name, digest, prompts)
 
 
-def _prompt(record: dict[str, Any], source: str, target: Target) -> Prompt:
-    messages = prompt_messages(record["messages"])  # the first turn only
+def make_prompt(record: dict[str, Any], source: str, target: Target, max_new_tokens: int) -> Prompt:
+    """A prompt in the target's tokens; of several turns those that `record["later"]` lists.
+
+    Raises UserError where it does not fit the context, answers of all its turns included.
+    """
+    messages = prompt_messages(record["messages"])
+    ids, later = target.chat_ids(messages), tuple(record.get("later", ()))
+    prompt = Prompt(record["id"], record.get("task") or "", source, messages, ids, later)
+    _check_length(prompt, target, max_new_tokens)
+    return prompt
+
+
+def next_turn(prompt: Prompt, answer: str, target: Target) -> Prompt:
+    """What is asked behind an answer: the conversation so far and the first of `prompt.later`."""
+    asked, *later = prompt.later
+    added = [{"role": "assistant", "content": answer}, {"role": "user", "content": asked}]
+    messages = [*prompt.messages, *added]
     ids = target.chat_ids(messages)
-    return Prompt(record["id"], record.get("task") or "", source, messages, ids)
+    return replace(prompt, messages=messages, ids=ids, later=tuple(later))
 
 
 def _check_length(prompt: Prompt, target: Target, max_new_tokens: int) -> None:
-    need = len(prompt.ids) + max_new_tokens
+    last = prompt
+    while last.later:
+        last = next_turn(last, "", target)
+    need = len(last.ids) + (1 + len(prompt.later)) * max_new_tokens
     if need > target.context:
         raise UserError(
-            f"prompt {prompt.id} of {prompt.source} has {len(prompt.ids)} tokens; with "
-            f"{max_new_tokens} new ones that is {need}, over the target's context of "
+            f"prompt {prompt.id} of {prompt.source} has {len(last.ids)} tokens; with "
+            f"{max_new_tokens} new ones a turn that is {need}, over the target's context of "
             f"{target.context}. Lower --max-new-tokens or leave the prompt out"
         )
 

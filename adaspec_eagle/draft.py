@@ -5,7 +5,7 @@ Legend: B rows, T pairs, W nodes of a level, M candidates, H hidden, F H feature
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -219,8 +219,12 @@ class Drafter:
         self.cache.commit(path, length, longest)
         self._remember(hidden, length)
 
-    def grow(self, root: Tensor, sampler: Sampler | None = None) -> tuple[DraftTree, list[Tensor]]:
+    def grow(
+        self, root: Tensor, sampler: Sampler | None = None, scored: bool = False
+    ) -> tuple[DraftTree, list[Tensor]]:
         """A tree of this drafter's shape below the root tokens `[B]`; the cache is as before.
+
+        scored: static trees have their nodes' scores, too (dynamic ones always do).
 
         For a sampled chain (which needs the sampler) also the distributions `[B, V]` its tokens
         were drawn from, one a depth; else an empty list.
@@ -235,7 +239,7 @@ class Drafter:
             tree, drafts = self._grow_sampled(self.shape, sampler)
         else:
             self.plan = self.plan or make_plan(self.shape, self.hidden.device)
-            tree = self._grow_static(self.plan)
+            tree = self._grow_static(self.plan, scored)
         tree.tokens[:, 0] = root
         self.cache.rollback()
         return tree, drafts
@@ -247,17 +251,21 @@ class Drafter:
         self.cache.keep(rows)
         self.hidden, self.logits = self.hidden[rows], self.logits[rows]
 
-    def _grow_static(self, plan: "Plan") -> DraftTree:
+    def _grow_static(self, plan: "Plan", scored: bool) -> DraftTree:
         """Level by level; only nodes that have children go through the head."""
         assert self.hidden is not None
         assert self.logits is not None
         b, device = self.logits.shape[0], self.logits.device
         tokens = torch.zeros(b, len(plan.depths), dtype=torch.long, device=device)
+        scores = torch.zeros(b, len(plan.depths), device=device) if scored else None
         hidden, logits = self.hidden[:, None], self.logits[:, None]  # [B, W, H], [B, W, Vd]
         seen = torch.zeros(b, 1, 0, dtype=torch.bool, device=device)  # [B, W, M]
         for depth, level in enumerate(plan.levels, 1):
             best = logits.topk(level.widest, dim=-1).indices  # [B, W, R]
             tokens[:, level.nodes] = self.head.to_target(best[:, level.above, level.ranks])
+            if scores is not None:
+                own = logits.float().log_softmax(-1).gather(-1, best)[:, level.above, level.ranks]
+                scores[:, level.nodes] = own + scores[:, plan.parents[level.nodes]]
             if depth == len(plan.levels):
                 break
             seen = _with_itself(seen[:, level.grown_above])
@@ -265,7 +273,7 @@ class Drafter:
             hidden, grown = hidden[:, level.grown_above], tokens[:, level.grown]
             hidden = self._forward(hidden, grown, positions, seen, depth)
             logits = self.head.logits(hidden)
-        return DraftTree(tokens, plan.parents.expand(b, -1), plan.depths.expand(b, -1))
+        return DraftTree(tokens, plan.parents.expand(b, -1), plan.depths.expand(b, -1), scores)
 
     def _grow_sampled(self, shape: Sampled, sampler: Sampler) -> tuple[DraftTree, list[Tensor]]:
         """Token by token, each drawn from what the head says behind the one before."""
@@ -342,7 +350,7 @@ class Drafter:
         if self.planner:
             values, chosen = ranked.topk(nodes, dim=1)
             self.drafted = (values, levels[chosen], len(sizes))
-        return DraftTree(tree.tokens, tree.parents, _depths(tree.parents, len(sizes)))
+        return replace(tree, depths=_depths(tree.parents, len(sizes)))
 
     def _top(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and target ids of the `width` best: `[..., Vd]` -> `[..., W]` each."""

@@ -16,6 +16,7 @@ from adaspec_eagle.draft import Auto
 from adaspec_eagle.measure import Arm, Outcome, Unit
 from adaspec_eagle.record import interval, resampled_sums
 from adaspec_eagle.stats import AcceptanceStats
+from adaspec_eagle.trace import trace_arms
 
 BASELINES = ("generate", "loop")
 RATIOS = (
@@ -41,7 +42,8 @@ DEFINITIONS = {
     "histogram": "histogram[a]: live (row, round) pairs that accepted a draft tokens",
     "ci95": "95 % percentile bootstrap, 2,000 resamples of units (batches of prompts), paired "
     "between arms, ratio of sums in each resample",
-    "matched": "answers equal to those of arm generate, token by token, of `total`",
+    "matched": "answers equal to those of arm `matched_with`, token by token, of `total`",
+    "sha256": "of a prompt: the texts of its turns as a JSON list, UTF-8; of a source: its file",
     "seconds": "wall seconds by part; their sum is the arm's wall time; transformers' generate is "
     "split into prefill and rest only",
     "peak_memory_bytes": "CUDA: peak allocated while the arm ran; CPU: peak resident set of the "
@@ -53,11 +55,18 @@ DEFINITIONS = {
     "costs": "median seconds of a forward behind 256 tokens: of the target with `sizes` new ones, "
     "and of one level of drafting, 8 wide",
     "loop": "this package's decoding loop without a draft",
+    "traces": "one prompt's answer as [text, drafted] pieces, and the first of the rounds that "
+    "accepted most: path_probabilities are the head's, `accepted` the nodes on the accepted path",
 }
 
 
-def summarize(units: Sequence[Unit], arms: Sequence[Arm], seed: int) -> dict[str, dict[str, Any]]:
-    """Arm key -> its figures over these units: ratios of sums, each with its interval."""
+def summarize(
+    units: Sequence[Unit], arms: Sequence[Arm], seed: int, reference: str = "generate"
+) -> dict[str, dict[str, Any]]:
+    """Arm key -> its figures over these units: ratios of sums, each with its interval.
+
+    reference: the arm whose answers the others' are compared with.
+    """
     keys = [arm.key for arm in arms]
     rows = [[_columns(unit.outcomes[key]) for key in keys] for unit in units]
     table = np.array(rows)  # [P, A, 5]
@@ -65,7 +74,7 @@ def summarize(units: Sequence[Unit], arms: Sequence[Arm], seed: int) -> dict[str
     draws = resampled_sums(table.reshape(len(units), -1), seed=seed)  # [R, A * 5]
     spread = ratios(draws.reshape(len(draws), *table.shape[1:]), keys)
     return {
-        arm.key: _counts(units, arm)
+        arm.key: _counts(units, arm, reference)
         | _ratio_fields({n: points[n][i] for n in RATIOS}, {n: spread[n][:, i] for n in RATIOS})
         | draft_figures([unit.outcomes[arm.key].stats for unit in units], arm.key == "chain", seed)
         for i, arm in enumerate(arms)
@@ -103,11 +112,11 @@ def _ratio_fields(points: dict[str, Any], spread: dict[str, np.ndarray]) -> dict
     return fields
 
 
-def _counts(units: Sequence[Unit], arm: Arm) -> dict[str, Any]:
+def _counts(units: Sequence[Unit], arm: Arm, reference: str) -> dict[str, Any]:
     """An arm's sums: tokens, rounds, seconds by part, matches, memory."""
     outcomes = [unit.outcomes[arm.key] for unit in units]
     stats = total([outcome.stats for outcome in outcomes])
-    pairs = [(unit.outcomes["generate"].answers, unit.outcomes[arm.key].answers) for unit in units]
+    pairs = [(unit.outcomes[reference].answers, unit.outcomes[arm.key].answers) for unit in units]
     return {
         "shape": arm.shape,
         "new_tokens": stats.new_tokens,
@@ -171,24 +180,38 @@ def speedup_result(
     bench: Bench, args: argparse.Namespace, arms: Sequence[Arm], units: Sequence[Unit]
 ) -> dict[str, Any]:
     """Everything that `eval/speedup.py` reports, ready for JSON."""
-    figures = summarize(units, arms, args.seed)
+    return {
+        "kind": "speedup",
+        **describe_bench(bench, args),
+        **measured_figures(bench, arms, units),
+        "traces": trace_arms(bench, arms),
+        "definitions": DEFINITIONS,
+    }
+
+
+def measured_figures(bench: Bench, arms: Sequence[Arm], units: Sequence[Unit]) -> dict[str, Any]:
+    """The figures of all arms, together and by source, and every prompt's raw counts.
+
+    Sampled answers are compared with the loop's: the same random numbers, the same answer, up to
+    rounding; transformers' generate draws with its own.
+    """
+    reference, seed = "loop" if bench.temperature else "generate", bench.seed
+    figures = summarize(units, arms, seed, reference)
     costs = costs_of(bench.target, bench.head, bench.batch_size, Auto().width)
     for arm in figures.values():
         arm["efficiency"] = efficiency(arm, costs)
     files = {
         source.name: source.describe()
-        | {"arms": summarize(units_of(units, source.name), arms, args.seed)}
+        | {"arms": summarize(units_of(units, source.name), arms, seed, reference)}
         for source in bench.sources
     }
     return {
-        "kind": "speedup",
-        **describe_bench(bench, args),
         "headline": headline(figures),
         "arms": figures,
         "costs": asdict(costs),
         "files": files,
-        "definitions": DEFINITIONS,
-        "per_prompt": [_raw(unit) for unit in units],
+        "matched_with": reference,
+        "per_prompt": [_raw(unit, reference) for unit in units],
     }
 
 
@@ -206,18 +229,19 @@ def units_of(units: Sequence[Unit], source: str) -> list[Unit]:
     return [unit for unit in units if unit.prompts[0].source == source]
 
 
-def _raw(unit: Unit) -> dict[str, Any]:
+def _raw(unit: Unit, reference: str) -> dict[str, Any]:
     """One unit's raw counts and seconds, arms in the order in which they ran."""
-    reference = unit.outcomes["generate"].answers
+    wanted = unit.outcomes[reference].answers
     return {
         "ids": [prompt.id for prompt in unit.prompts],
+        "sha256": [prompt.sha256 for prompt in unit.prompts],
         "file": unit.prompts[0].source,
         "prompt_tokens": [len(prompt.ids) for prompt in unit.prompts],
         "arms": {
             key: outcome.stats.to_dict()
             | {
                 "answer_tokens": [len(answer) for answer in outcome.answers],
-                "matched": [a == b for a, b in zip(outcome.answers, reference, strict=True)],
+                "matched": [a == b for a, b in zip(outcome.answers, wanted, strict=True)],
             }
             for key, outcome in unit.outcomes.items()
         },
@@ -240,4 +264,4 @@ def headline(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def without_prompts(result: dict[str, Any]) -> dict[str, Any]:
     """A result without its per-prompt data."""
-    return {key: value for key, value in result.items() if key != "per_prompt"}
+    return {key: value for key, value in result.items() if key not in ("per_prompt", "traces")}

@@ -74,6 +74,7 @@ class Answers:
     seconds: dict[str, float] = field(default_factory=dict)  # of all rows, by part
     stops: Callable[[int, list[int]], bool] | None = None  # (row, its answer) -> whether to stop
     watch: Callable[[int, list[int], int], None] | None = None  # (row, new tokens, accepted drafts)
+    watch_tree: Callable[[DraftTree, Verdict], None] | None = None  # called behind every round
     stopped: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -135,6 +136,7 @@ def generate(
     seed: int = 0,
     row_keys: Sequence[int] | None = None,
     watch: Callable[[int, list[int], int], None] | None = None,
+    watch_tree: Callable[[DraftTree, Verdict], None] | None = None,
     ignore_eos: bool = False,
     allow_other_target: bool = False,
 ) -> Generation:
@@ -145,7 +147,8 @@ def generate(
     shape of `draft.py`. temperature 0 takes the most probable token; above it, top_k, top_p and
     min_p cut as in transformers. The token drawn at a place depends on (seed, row key, position)
     alone, not on the tree or the batch; row_keys: one for each row, their numbers unless given.
-    watch: is called as tokens come, with (row, new tokens, how many of them were drafted).
+    watch: is called as tokens come, with (row, new tokens, how many of them were drafted);
+    watch_tree: behind every round, with its tree, scores included, and what was accepted of it.
     Raises UserError for a head that does not fit the target, for prompts that leave no room in the
     context and for values out of range.
     """
@@ -176,7 +179,9 @@ def generate(
         sample=temperature > 0,
         seed=seed,
     )
-    answers = Answers(max_new_tokens, frozenset(end_ids), [[] for _ in rows], watch=watch)
+    answers = Answers(
+        max_new_tokens, frozenset(end_ids), [[] for _ in rows], watch=watch, watch_tree=watch_tree
+    )
     if stop_strings:
         criterion = StopStringCriteria(target.tokenizer, list(stop_strings))
         answers.stops = lambda row, answer: bool(
@@ -215,7 +220,7 @@ def decode(
     """
     clock = Stopwatch(target.device)
     begin = clock.now()
-    run = _Run(target, head, shape, sampler, clock)
+    run = _Run(target, head, shape, sampler, clock, answers.watch_tree)
     with clock.part("prefill"):
         first = run.prefill(rows, answers.limit)
     for row, token in enumerate(first):
@@ -248,12 +253,14 @@ class _Run:
         shape: Shape,
         sampler: Sampler,
         clock: Stopwatch,
+        watch_tree: Callable[[DraftTree, Verdict], None] | None = None,
     ) -> None:
         self.target = target
         self.head = head
         self.shape = shape
         self.sampler = sampler
         self.clock = clock
+        self.watch_tree = watch_tree
         self.packing = packing(target.model)
         self.layers = head.config.feature_layers if head else ()
         self.drafter: Drafter | None = None
@@ -301,7 +308,8 @@ class _Run:
         """One draft and one verify; the tokens that each row emits (rows at rest stand still)."""
         with self.clock.part("draft"):
             if self.drafter:
-                tree, drafts = self.drafter.grow(self.last, self.sampler)
+                scored = self.watch_tree is not None
+                tree, drafts = self.drafter.grow(self.last, self.sampler, scored)
             else:
                 tree, drafts = lone_root(self.last), []
         self.nodes = tree.tokens.shape[1] - 1
@@ -310,6 +318,8 @@ class _Run:
         with self.clock.part("verify"):
             logits, features = self._verify(tree, ancestors)
         verdict, finite = self._judge(tree, logits, ancestors, limit, running, drafts)
+        if self.watch_tree:
+            self.watch_tree(tree, verdict)
         tokens = emitted(tree, verdict)  # [B, N]
         depth = tree.depths.amax(1)
         facts = torch.stack([verdict.length, depth, finite.long()], 1)

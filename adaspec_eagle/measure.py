@@ -7,12 +7,14 @@ starts; the order of the arms rotates from unit to unit, so that drift of the ma
 Legend: B rows, T time.
 """
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,7 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from adaspec_eagle import targets
-from adaspec_eagle.bench import Bench, Prompt
+from adaspec_eagle.bench import Bench, Prompt, next_turn
 from adaspec_eagle.errors import explain_out_of_memory
 from adaspec_eagle.generate import generate
 from adaspec_eagle.stats import AcceptanceStats
@@ -29,6 +31,7 @@ from adaspec_eagle.targets import Target
 from adaspec_eagle.watch import peak_bytes
 
 PARTS = ("prefill", "draft", "verify", "rest")
+LESS = "Use a smaller --batch-size or --max-new-tokens"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Unit:
 def build_arms(bench: Bench, shapes: dict[str, str]) -> list[Arm]:
     """The two baselines, then an arm for each shape (`draft_shapes`)."""
     baseline = partial(greedy_baseline, bench.target, bench.max_new_tokens)
+    if bench.temperature:
+        baseline = partial(sampled_baseline, bench)
     ours: dict[str, str | None] = {"loop": None, **shapes}
     arms = [Arm(key, shape, partial(decode, bench, shape)) for key, shape in ours.items()]
     return [Arm("generate", None, baseline), *arms]
@@ -76,7 +81,7 @@ def build_arms(bench: Bench, shapes: dict[str, str]) -> list[Arm]:
 def decode(
     bench: Bench, shape: str | None, ids: Tensor, mask: Tensor
 ) -> tuple[list[list[int]], AcceptanceStats]:
-    """This package's greedy decoding, ids and mask `[B, T]`; shape None: without a draft."""
+    """This package's decoding, ids and mask `[B, T]`; shape None: without a draft."""
     made = generate(
         bench.target,
         bench.head if shape else None,
@@ -84,9 +89,18 @@ def decode(
         mask,
         tree=shape or "chain",
         max_new_tokens=bench.max_new_tokens,
+        temperature=bench.temperature,
+        seed=bench.seed,
+        row_keys=_row_keys(ids, mask),
         allow_other_target=bench.allow_other_target,
     )
     return made.answers, made.stats
+
+
+def _row_keys(ids: Tensor, mask: Tensor) -> list[int]:
+    """A number for each prompt `[B, T]` that tells its random numbers from other prompts'."""
+    rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+    return [zlib.crc32(str(row).encode()) for row in rows]
 
 
 class FirstToken(LogitsProcessor):
@@ -107,12 +121,27 @@ def greedy_baseline(
     target: Target, max_new_tokens: int, ids: Tensor, mask: Tensor
 ) -> tuple[list[list[int]], AcceptanceStats]:
     """Plain `model.generate`: ids and mask `[B, T]`, left-padded. Trimmed answers and counts."""
+    return _plain_generate(target, max_new_tokens, ids, mask, do_sample=False)
+
+
+def sampled_baseline(
+    bench: Bench, ids: Tensor, mask: Tensor
+) -> tuple[list[list[int]], AcceptanceStats]:
+    """The same at the bench's temperature, from the whole distribution, with torch's numbers."""
+    torch.manual_seed(bench.seed + _row_keys(ids, mask)[0])
+    how = {"do_sample": True, "temperature": bench.temperature, "top_k": 0, "top_p": 1.0}
+    return _plain_generate(bench.target, bench.max_new_tokens, ids, mask, **how)
+
+
+def _plain_generate(
+    target: Target, max_new_tokens: int, ids: Tensor, mask: Tensor, **how: Any
+) -> tuple[list[list[int]], AcceptanceStats]:
     clock = FirstToken()
     with plain_greedy(target):
         start = perf_counter()
         sequences = target.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-            logits_processor=LogitsProcessorList([clock]),
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList([clock]), **how,
         )  # [B, T + new]  # fmt: skip
     ends = set(target.eos_token_ids)
     answers = [trim(row, ends) for row in sequences[:, ids.shape[1] :].tolist()]
@@ -125,7 +154,7 @@ def greedy_baseline(
 
 @contextmanager
 def plain_greedy(target: Target) -> Iterator[None]:
-    """Inside the block `target.model.generate` is the argmax: no penalty from the model's folder.
+    """Inside the block `target.model.generate` has no penalty or cut from the model's folder.
 
     Models ship generation defaults (Qwen2.5 a repetition penalty) that would make two baselines
     answer differently.
@@ -154,14 +183,19 @@ def run_arms(bench: Bench, arms: Sequence[Arm], title: str) -> list[Unit]:
 
     Each arm first decodes the longest unit once; those runs warm up and are not counted.
     """
-    units = bench.units()
-    longest = max(units, key=lambda unit: max(len(prompt.ids) for prompt in unit))
+    warm_up(bench, arms)
     console = Console(stderr=True)
-    with explain_out_of_memory("Use a smaller --batch-size or --max-new-tokens"):
-        for arm in track(arms, "warming up", console=console, transient=True):
-            run_arm(arm, bench.target, longest)
-        turns = track(list(enumerate(units)), title, console=console)
+    with explain_out_of_memory(LESS):
+        turns = track(list(enumerate(bench.units())), title, console=console)
         return [_run_unit(bench.target, rotate(arms, turn), unit) for turn, unit in turns]
+
+
+def warm_up(bench: Bench, arms: Sequence[Arm]) -> None:
+    """Let each arm decode the longest unit once."""
+    longest = max(bench.units(), key=lambda unit: max(len(prompt.ids) for prompt in unit))
+    with explain_out_of_memory(LESS):
+        for arm in track(arms, "warming up", console=Console(stderr=True), transient=True):
+            run_arm(arm, bench.target, longest)
 
 
 def rotate(arms: Sequence[Arm], turn: int) -> list[Arm]:
@@ -175,7 +209,23 @@ def _run_unit(target: Target, arms: Sequence[Arm], prompts: list[Prompt]) -> Uni
 
 
 def run_arm(arm: Arm, target: Target, prompts: list[Prompt]) -> Outcome:
-    """Time one arm on one unit; what the arm does not name as a part is `rest`."""
+    """Time one arm on one unit, turn by turn; answers of a second turn come behind those of the
+    first. What the arm does not name as a part is `rest`."""
+    outcome = _run_turn(arm, target, prompts)
+    asked = [(p, a) for p, a in zip(prompts, outcome.answers, strict=True) if p.later]
+    if not asked:
+        return outcome
+    following = [next_turn(prompt, _text(answer, target), target) for prompt, answer in asked]
+    after = run_arm(arm, target, following)
+    answers, stats = outcome.answers + after.answers, outcome.stats + after.stats
+    return Outcome(answers, stats, max(outcome.peak_bytes, after.peak_bytes))
+
+
+def _text(answer: list[int], target: Target) -> str:
+    return target.tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def _run_turn(arm: Arm, target: Target, prompts: list[Prompt]) -> Outcome:
     ids, mask = left_padded(prompts, target)
     reset_peak(target.device)
     synchronize(target.device)

@@ -16,6 +16,7 @@ class DraftTree:
     tokens: Tensor  # [B, N]
     parents: Tensor  # [B, N], node index; the root's is 0
     depths: Tensor  # [B, N], 0 for the root
+    scores: Tensor | None = None  # [B, N] log-probability of the path to a node, where known
 
 
 def lone_root(tokens: Tensor) -> DraftTree:
@@ -55,4 +56,6 @@ def select_nodes(tokens: Tensor, parents: Tensor, scores: Tensor, keep: int) -> 
     new_parents = place.gather(1, torch.where(old_parents < 0, m, old_parents))
     root = torch.zeros(b, 1, dtype=torch.long, device=tokens.device)
     new_parents = torch.cat([root, new_parents], dim=1)  # [B, K + 1]
-    return DraftTree(torch.cat([root, tokens.gather(1, chosen)], dim=1), new_parents, root)
+    new_scores = torch.cat([root.to(scores), scores.gather(1, chosen)], dim=1)
+    new_tokens = torch.cat([root, tokens.gather(1, chosen)], dim=1)
+    return DraftTree(new_tokens, new_parents, root, new_scores)

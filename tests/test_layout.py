@@ -27,8 +27,9 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"generate"},
     {"distill", "selfdata", "asks", "estimate", "plug", "chat"},
     {"acceptance", "answers", "bench", "export", "callbacks", "plots", "prepare", "reference"},
-    {"train", "measure"},
-    {"figures", "rescore", "grid"},
+    {"train", "measure", "suites"},
+    {"rescore", "suite_tables", "trace", "grid", "contrasts"},
+    {"figures", "compare_tables"},
 ]
 
 
