@@ -1,12 +1,13 @@
-"""Train and measure several methods at equal compute.
+"""Train and measure several methods at equal compute; the table that says which head is better.
 
     python eval/compare.py --data 'data/{task}.jsonl.gz' --prompts 'dev/{task}.test.jsonl'
     python eval/compare.py --tasks gsm8k,alpaca --arms mine.yaml --seeds 5 --out results/compare
+    python eval/compare.py --out results/compare --tables-only
 
 A grid of cells (arm, task, seed). Run the same command again after a kill, or at the same time in
 several processes or on several machines that share the folders: cells are independent. Prompts of
 --prompts are read once a cell, at its end; checkpoints are chosen on held-back training records.
-The last line of stdout is JSON.
+The last line of stdout is the summary as JSON.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adaspec_eagle.bench import positive
+from adaspec_eagle.compare_tables import markdown, summary, write_tables
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.grid import Settings, cells_of, read_plan, run_grid
 from adaspec_eagle.hub import HUB_SETS
@@ -50,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("results/compare"), help="default: %(default)s")
     add("--work", type=Path, default=Path("runs/compare"),
         help="heads and checkpoints; default: %(default)s")  # fmt: skip
+    add("--tables-only", action="store_true", help="tables and plot from what is there")
     return made
 
 
@@ -75,19 +78,32 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Work on the grid."""
+    """Work on the grid, then write the tables."""
     args = parser().parse_args(argv)
     plan, settings = read_plan(args.arms), settings_of(args)
-    cells = cells_of(plan, args.tasks.split(","), args.seeds)
-    if args.only:
-        wanted = args.only.split(",")
-        if unknown := set(wanted) - set(plan.arms):
-            raise UserError(f"--only: {args.arms} has no arm {', '.join(sorted(unknown))}")
-        cells = [cell for cell in cells if cell.arm in wanted]
-    target = Target.load(args.target, args.dtype)
-    print(describe(target), file=sys.stderr)
-    done = run_grid(plan, cells, settings, Workshop(target), args.out, args.work)
-    print(one_line({"cells": len(cells), "done_here": done}))
+    if not args.tables_only:
+        cells = cells_of(plan, args.tasks.split(","), args.seeds)
+        if args.only:
+            wanted = args.only.split(",")
+            if unknown := set(wanted) - set(plan.arms):
+                raise UserError(f"--only: {args.arms} has no arm {', '.join(sorted(unknown))}")
+            cells = [cell for cell in cells if cell.arm in wanted]
+        target = Target.load(args.target, args.dtype)
+        print(describe(target), file=sys.stderr)
+        run_grid(plan, cells, settings, Workshop(target), args.out, args.work)
+    found = summary(args.out, plan, settings.budget)
+    write_tables(found, args.out)
+    print(markdown(found))
+    print(
+        one_line(
+            {
+                "cells": {
+                    t: {a: f["seeds"] for a, f in arms.items()}
+                    for t, arms in found["tasks"].items()
+                }
+            }
+        )
+    )
     return 0
 
 

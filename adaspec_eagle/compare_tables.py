@@ -1,0 +1,237 @@
+"""What a comparison prints: Markdown, CSV, LaTeX and a forest plot, all from one summary."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from adaspec_eagle.contrasts import DEFINITIONS, METRICS, Arm, compare, read_cells
+from adaspec_eagle.grid import FLOPS, Plan
+from adaspec_eagle.record import (
+    environment,
+    markdown_table,
+    with_interval,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from adaspec_eagle.suite_tables import published
+
+Summary = dict[str, Any]
+FACTS = ("weights", "epochs", "steps", "answer_token_passes", "head_flops")
+DIGITS = {"tau_sim": 2, "tau": 2}  # others: three
+
+
+def summary(out: Path, plan: Plan, budget: str) -> Summary:
+    """All figures of the cells under OUT/cells of one budget."""
+    tasks = read_cells(out, budget)
+    figures = compare(tasks, plan.primary, plan.baseline)
+    return {
+        "kind": "compare",
+        "budget": budget,
+        "primary": list(plan.primary),
+        "baseline": plan.baseline,
+        "arms": {name: asdict(arm) for name, arm in plan.arms.items()},
+        "tasks": {
+            task: {
+                name: _facts(arms[name]) | {"metrics": figures[task][name]}
+                for name in plan.arms
+                if name in arms
+            }
+            for task, arms in tasks.items()
+        },
+        "definitions": DEFINITIONS | {"head_flops": FLOPS},
+        "environment": environment(),
+    }
+
+
+def _facts(arm: Arm) -> dict[str, Any]:
+    """What one arm cost, means over its seeds, and its acceptance by depth."""
+    cells, first = arm.cells, arm.cells[0]
+    means = {}
+    for name in ("train_seconds", "train_tokens_per_s", "held_back_tau_sim"):
+        known = [cell[name] for cell in cells if cell[name] is not None]
+        means[name] = sum(known) / len(known) if known else None
+    depths = [cell["figures"]["alpha_by_depth"] for cell in cells]
+    return {
+        "seeds": arm.seeds,
+        "prompts": first["prompts"]["prompts"],
+        **{name: first[name] for name in FACTS},
+        **means,
+        "alpha_by_depth": [sum(column) / len(column) for column in zip(*depths, strict=False)],
+    }
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def cell_text(found: dict[str, Any], metric: str) -> str:
+    """`0.512 [0.498, 0.527]`."""
+    return with_interval(found["value"], found["ci95"], DIGITS.get(metric, 3))
+
+
+def difference_text(found: dict[str, Any], metric: str) -> str:
+    """`+0.012 [0.003, 0.021] *`, the star where it holds; empty for the baseline."""
+    if "difference" not in found:
+        return ""
+    digits = DIGITS.get(metric, 3)
+    bounds = ", ".join(f"{bound:+.{digits}f}" for bound in found["difference_ci95"])
+    star = " *" if found["holds"] else ""
+    return f"{found['difference']:+.{digits}f} [{bounds}]{star}"
+
+
+def task_table(found: Summary, task: str) -> str:
+    """Rows are arms, columns what they cost and every metric with its difference."""
+    header = ["arm", "seeds", "steps", "passes", "head FLOPs", "tokens/s"]
+    for metric in METRICS:
+        header += [metric, "difference"]
+    rows = []
+    for name, arm in found["tasks"][task].items():
+        speed = arm["train_tokens_per_s"]
+        row = [name, str(len(arm["seeds"])), str(arm["steps"])]
+        row += [f"{arm['answer_token_passes'] / 1e6:.2f} M", f"{arm['head_flops']:.1f}"]
+        row += [f"{speed:,.0f}" if speed else "-"]
+        for metric in METRICS:
+            one = arm["metrics"][metric]
+            row += [cell_text(one, metric), difference_text(one, metric)]
+        rows.append(row)
+    return markdown_table(header, rows)
+
+
+def markdown(found: Summary) -> str:
+    """All tables of a comparison."""
+    one, other = found["primary"]
+    parts = [
+        f"Budget: {found['budget']} epochs. Primary contrast: {one} against {other}. Differences "
+        f"are to {found['baseline']}; * holds (see the definitions below).",
+    ]
+    for task in found["tasks"]:
+        parts += [f"### {task}", task_table(found, task)]
+    parts += ["### Greedy alpha, % (the layout of AdaSPEC's Table 1)", paper_table(found)]
+    parts += [f"* **{name}**: {text}" for name, text in found["definitions"].items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def paper_table(found: Summary) -> str:
+    """AdaSPEC's Table 1 in layout: published rows first, then ours, tasks across."""
+    facts = published("adaspec")
+    names = list(dict.fromkeys([*facts["rows"][0]["sets"], *found["tasks"]]))
+    rows = [
+        ["published", row["target"], row["method"], *(_percent(row["sets"].get(n)) for n in names)]
+        for row in facts["rows"]
+    ]
+    for arm in found["arms"]:
+        values = [
+            found["tasks"].get(n, {}).get(arm, {}).get("metrics", {}).get("greedy_alpha")
+            for n in names
+        ]
+        if any(values):
+            cells = [_percent(100 * value["value"] if value else None) for value in values]
+            rows.append(["here", "", f"{arm}, {found['budget']} epochs", *cells])
+    note = (
+        "Published figures are of stand-alone draft models for other targets, trained on the data "
+        "sets' own or the target's answers; ours of the heads and data that the records name: only "
+        "the order of methods can be compared."
+    )
+    return markdown_table(["", "target", "method", *names], rows) + "\n\n" + note
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def csv_text(found: Summary) -> str:
+    """One line a task, arm and metric."""
+    buffer = io.StringIO()
+    fields = ["value", "low", "high", "difference", "diff_low", "diff_high", "p", "p_holm", "holds"]
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["task", "arm", "seeds", *FACTS, "metric", *fields])
+    for task, arms in found["tasks"].items():
+        for name, arm in arms.items():
+            for metric, one in arm["metrics"].items():
+                lead = [task, name, len(arm["seeds"]), *(arm[fact] for fact in FACTS), metric]
+                bounds = one.get("difference_ci95", ["", ""])
+                rest = [one.get(key, "") for key in ("p", "p_holm", "holds")]
+                values = [one["value"], *one["ci95"], one.get("difference", ""), *bounds, *rest]
+                writer.writerow(lead + values)
+    return buffer.getvalue()
+
+
+def latex(found: Summary) -> str:
+    """Greedy alpha and its difference, arms by tasks, for booktabs."""
+    tasks = list(found["tasks"])
+    lines = [
+        "% needs \\usepackage{booktabs}; generated from summary.json",
+        f"\\begin{{tabular}}{{l{'rr' * len(tasks)}}}",
+        "\\toprule",
+        " & ".join(["", *(f"\\multicolumn{{2}}{{c}}{{{task}}}" for task in tasks)]) + " \\\\",
+        " & ".join(["arm", *(["$\\alpha$ (\\%)", "$\\Delta$"] * len(tasks))]) + " \\\\",
+        "\\midrule",
+    ]
+    for arm in found["arms"]:
+        cells = [arm.replace("_", "\\_")]
+        for task in tasks:
+            one = found["tasks"][task].get(arm, {}).get("metrics", {}).get("greedy_alpha")
+            cells += ["--", ""] if one is None else [f"{100 * one['value']:.1f}", _delta(one)]
+        if any(cell not in ("--", "") for cell in cells[1:]):
+            lines.append(" & ".join(cells) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def _delta(one: dict[str, Any]) -> str:
+    if "difference" not in one:
+        return ""
+    return f"${100 * one['difference']:+.1f}{'^{*}' if one['holds'] else ''}$"
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def forest_png(found: Summary, metrics: Sequence[str] = ("greedy_alpha", "alpha_t1")) -> bytes:
+    """Differences to the baseline with their intervals: a panel a metric, a line a task and arm."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = [
+        (task, name, arm["metrics"])
+        for task, arms in found["tasks"].items()
+        for name, arm in arms.items()
+        if "difference" in arm["metrics"][metrics[0]]
+    ]
+    figure = Figure(figsize=(4.2 * len(metrics), 1.4 + 0.34 * max(len(lines), 1)))
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        axes.axvline(0, color="#8a8f98", linewidth=0.8)
+        for place, (_, _, by_metric) in enumerate(lines):
+            one = by_metric[metric]
+            low, high = one["difference_ci95"]
+            color = "#d9622b" if one["primary"] else "#3b7dd8"
+            axes.plot([low, high], [place, place], color=color, linewidth=1.6)
+            face = color if one["holds"] else "white"
+            axes.plot(one["difference"], place, "o", color=color, markerfacecolor=face)
+        axes.set_title(f"{metric}: difference to {found['baseline']}", fontsize=9)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    panels[0].set_yticks(range(len(lines)), [f"{task}: {name}" for task, name, _ in lines])
+    panels[0].set_ylim(max(len(lines), 1) - 0.5, -0.5)
+    figure.text(
+        0.01,
+        0.01,
+        "95 % intervals over seeds and prompts; filled: holds after correction; orange: primary",
+        fontsize=7,
+    )
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def write_tables(found: Summary, out: Path) -> None:
+    """summary.json, table.md, table.csv, table.tex and forest.png in OUT."""
+    write_json(out / "summary.json", found)
+    write_text(out / "table.md", markdown(found))
+    write_text(out / "table.csv", csv_text(found))
+    write_text(out / "table.tex", latex(found))
+    write_bytes(out / "forest.png", forest_png(found))

@@ -1,0 +1,203 @@
+"""From the cells of a grid to differences that survive review.
+
+Legend: S seeds, P prompts, C counts of a prompt, R bootstrap draws. A hierarchical bootstrap draws
+seeds and, within them, prompts, both with replacement; arms of a task share the draws, so that
+their differences are paired.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.record import RESAMPLES, interval
+
+Cells = list[dict[str, Any]]
+
+METRICS: dict[str, str] = {  # name -> definition
+    "greedy_alpha": "accepted / (accepted + rejected) draft tokens on greedy chains, temperature 0",
+    "alpha_t1": "the same on chains sampled from the head, ratio test, temperature 1",
+    "overlap": "mean of sum_v min(p_v, q_v), first step, teacher-forced on the greedy answers",
+    "tau_sim": "1 + mean of sum_s prod_{j<=s} match_j, teacher-forced on the greedy answers",
+    "tau": "acceptance length of greedy chains, the target's own token included",
+}
+DEFINITIONS = METRICS | {
+    "value": "ratio of sums over all seeds and prompts",
+    "ci95": "95 % percentile interval of a hierarchical bootstrap, 2,000 draws of seeds and of "
+    "prompts; with one seed it is over prompts alone and says nothing about seeds",
+    "difference": "value minus that of the baseline arm, over the seeds that both have, paired by "
+    "seed and prompt",
+    "p": "two-sided: twice the smaller share of draws in which the difference is on either side of "
+    "0 (at least 1 / draws)",
+    "p_holm": "p after Holm's correction over all arms and tasks of this metric but the primary "
+    "contrast, which was fixed beforehand and stands alone",
+    "holds": "at least 3 seeds (5 for the primary contrast) and a corrected p below 0.05",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm on one task."""
+
+    cells: Cells  # by seed, ascending
+    seeds: list[int]
+    counts: np.ndarray  # [S, P, C]
+
+    def of(self, seeds: Sequence[int]) -> np.ndarray:
+        """The counts of some of its seeds."""
+        return self.counts[[self.seeds.index(seed) for seed in seeds]]
+
+
+def read_cells(out: Path, budget: str | None = None) -> dict[str, dict[str, Arm]]:
+    """Task -> arm -> its cells under OUT/cells, of one budget (None: the only one there is)."""
+    budgets = sorted(path.name for path in (out / "cells").glob("*") if path.is_dir())
+    if not budgets:
+        raise UserError(f"{out} holds no cells yet")
+    if budget is None and len(budgets) > 1:
+        raise UserError(f"{out} holds cells of several budgets ({', '.join(budgets)}); name one")
+    found: dict[str, dict[str, Cells]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted((out / "cells" / (budget or budgets[0])).glob("*/*.json")):
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        found[cell["task"]][cell["arm"]].append(cell)
+    return {
+        task: {name: _arm(cells) for name, cells in arms.items()} for task, arms in found.items()
+    }
+
+
+def _arm(cells: Cells) -> Arm:
+    cells = sorted(cells, key=lambda cell: cell["seed"])
+    prompts = [cell["prompts"]["ids"] for cell in cells]
+    if any(ids != prompts[0] for ids in prompts):
+        raise UserError(f"cells of arm {cells[0]['arm']} were measured on different prompts")
+    counts = [[_row(prompt) for prompt in cell["per_prompt"]] for cell in cells]
+    return Arm(cells, [cell["seed"] for cell in cells], np.array(counts, dtype=float))
+
+
+# ---- counts and metrics --------------------------------------------------------------------------
+
+
+def _row(prompt: dict[str, Any]) -> list[float]:
+    """A prompt's counts: accepted and judged tokens greedy and sampled, and so on."""
+    row = []
+    for way in ("greedy", "sampled"):
+        row += _judged(prompt[way])
+    greedy, forced = prompt["greedy"], prompt["greedy_forced"]
+    row += [greedy["tokens"], greedy["rounds"]]
+    row += [forced["sums"][1][0], forced["counts"][0], forced["products"], forced["indices"]]
+    return row
+
+
+def _judged(stats: dict[str, Any]) -> list[float]:
+    """Accepted draft tokens, and those that were accepted or rejected."""
+    accepted, offered = stats["accepted"], stats["offered"]
+    reached = [sum(accepted[d:]) for d in range(max(len(accepted), len(offered) + 1))]
+    judged = [min(have, asked) for have, asked in zip(reached, offered, strict=False)]
+    return [sum(reached[1:]), sum(judged)]
+
+
+def metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """METRICS from summed counts `[..., C]`: `[...]` each."""
+    columns = np.moveaxis(np.asarray(sums, dtype=float), -1, 0)
+    accepted, judged, accepted_t1, judged_t1, tokens, rounds, shared, places, run, indices = columns
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            "greedy_alpha": accepted / judged,
+            "alpha_t1": accepted_t1 / judged_t1,
+            "overlap": shared / places,
+            "tau_sim": 1 + run / indices,
+            "tau": tokens / rounds,
+        }
+
+
+def draws(counts: np.ndarray, resamples: int = RESAMPLES) -> np.ndarray:
+    """Sums of counts `[S, P, C]` over drawn seeds and prompts: `[R, C]`.
+
+    The same S and P draw the same seeds and prompts, whatever the counts.
+    """
+    seeds, prompts, _ = counts.shape
+    rng = np.random.default_rng(0)
+    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)  # [R, S]
+    rng = np.random.default_rng(1)
+    of_prompts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)  # [R, P]
+    by_seed = np.einsum("rp,spc->rsc", of_prompts, counts)
+    return np.einsum("rs,rsc->rc", of_seeds, by_seed)
+
+
+# ---- contrasts -----------------------------------------------------------------------------------
+
+
+def arm_figures(arm: Arm) -> dict[str, Any]:
+    """Value, interval and values by seed of every metric."""
+    points, spread = metrics(arm.counts.sum((0, 1))), metrics(draws(arm.counts))
+    by_seed = metrics(arm.counts.sum(1))
+    return {
+        name: {
+            "value": float(points[name]),
+            "ci95": interval(spread[name][np.isfinite(spread[name])]),
+            "by_seed": by_seed[name].tolist(),
+        }
+        for name in METRICS
+    }
+
+
+def difference(arm: Arm, baseline: Arm) -> dict[str, dict[str, Any]] | None:
+    """By metric the paired difference to another arm; None where they share no seed."""
+    seeds = [seed for seed in arm.seeds if seed in baseline.seeds]
+    if not seeds:
+        return None
+    mine, theirs = arm.of(seeds), baseline.of(seeds)
+    points = [metrics(counts.sum((0, 1))) for counts in (mine, theirs)]
+    spread = [metrics(draws(counts)) for counts in (mine, theirs)]
+    found = {}
+    for name in METRICS:
+        drawn = spread[0][name] - spread[1][name]
+        drawn = drawn[np.isfinite(drawn)]
+        tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
+        found[name] = {
+            "difference": float(points[0][name] - points[1][name]),
+            "difference_ci95": interval(drawn),
+            "seeds": len(seeds),
+            "p": float(min(1.0, 2 * (tail + 1) / (len(drawn) + 1))),
+        }
+    return found
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's correction: step-down, monotone, at most 1, in the order given."""
+    order = np.argsort(values)
+    corrected, least = [0.0] * len(values), 0.0
+    for rank, place in enumerate(order):
+        least = max(least, min(1.0, (len(values) - rank) * values[place]))
+        corrected[place] = float(least)
+    return corrected
+
+
+def compare(
+    tasks: dict[str, dict[str, Arm]], primary: tuple[str, str], baseline: str
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Task -> arm -> metric -> figures, with corrected differences to `baseline`."""
+    made: dict[str, dict[str, dict[str, Any]]] = {}
+    others: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for task, arms in tasks.items():
+        made[task] = {name: arm_figures(arm) for name, arm in arms.items()}
+        for name, arm in arms.items():
+            first = (name, baseline) == primary
+            if name == baseline or baseline not in arms:
+                continue
+            for metric, found in (difference(arm, arms[baseline]) or {}).items():
+                made[task][name][metric] |= found | {"primary": first, "p_holm": found["p"]}
+                if not first:
+                    others[metric].append(made[task][name][metric])
+    for family in others.values():
+        for found, p in zip(family, holm([f["p"] for f in family]), strict=True):
+            found["p_holm"] = p
+    for found in (one for arms in made.values() for by in arms.values() for one in by.values()):
+        if "p" in found:
+            enough = found["seeds"] >= (5 if found["primary"] else 3)
+            found["holds"] = bool(enough and found["p_holm"] < 0.05)
+    return made

@@ -1,0 +1,240 @@
+"""The grid of compared runs, and what is made of its cells."""
+
+import json
+import os
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from adaspec_eagle.contrasts import Arm, compare, difference, draws, holm, metrics
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.grid import Cell, Plan, cells_of, read_plan, taken
+from adaspec_eagle.stats import AcceptanceStats
+from eval import compare as script
+from tests.records import answers_file
+from tests.tiny import tiny_target_folder
+
+ARMS = """
+train: {draft_vocab: 60, batch_size: 6, evaluations: 1, lr: 0.02}
+arms:
+  distillspec: {method: distillspec}
+  adaspec: {method: adaspec, keep: "0.5", reference: distillspec}
+  equal: {method: distillspec, match: adaspec}
+  ema: {select: adaspec-ema}
+primary: [adaspec, equal]
+baseline: equal
+seeds: {ema: 1}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path) -> Plan:
+    path = tmp_path / "arms.yaml"
+    path.write_text(ARMS)
+    return read_plan(path)
+
+
+def test_budgets_are_matched_by_head_flops(plan):
+    """Reference 3 x 3, its losses 1, draft 3 x 3: 19, which plain distillation takes 19 / 3 for."""
+    assert plan.cost("distillspec", 3) == 9
+    assert plan.cost("adaspec", 3) == 19
+    assert plan.epochs("equal", 3) == pytest.approx(19 / 3)
+    assert plan.cost("equal", 3) == pytest.approx(19)
+    assert plan.cost("ema", 3) == 12
+
+
+def test_cells_go_seed_by_seed(plan):
+    cells = cells_of(plan, ["a", "b"], 2)
+    assert cells[:4] == [Cell("a", name, 0) for name in plan.arms]
+    assert {cell.arm for cell in cells if cell.seed == 1} == {"distillspec", "adaspec", "equal"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("reference: distillspec", "reference: equal", "put that before it"),
+        (", reference: distillspec", "", "need a reference head"),
+        ("draft_vocab", "draft_vocabulary", "no setting"),
+        ("baseline: equal", "baseline: other", "no arm 'other'"),
+        ("primary:", "first:", "no arms file"),
+        ("select: adaspec-ema", "select: adaspec-emma", "unknown --select"),
+    ],
+)
+def test_an_arms_file_with_a_mistake_is_refused(tmp_path, old, new, message):
+    path = tmp_path / "arms.yaml"
+    path.write_text(ARMS.replace(old, new))
+    with pytest.raises(UserError, match=message):
+        read_plan(path)
+
+
+def test_a_cell_is_worked_on_by_one_at_a_time(tmp_path):
+    lock = tmp_path / "cell.lock"
+    with taken(lock) as first, taken(lock) as second:
+        assert (first, second) == (True, False)
+    with taken(lock) as again:
+        assert again
+
+
+def test_the_lock_of_a_killed_worker_is_taken_over(tmp_path):
+    lock = tmp_path / "cell.lock"
+    lock.write_text(json.dumps({"host": os.uname().nodename, "pid": 2**22 + 1}))
+    with taken(lock) as mine:
+        assert mine
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    with taken(lock) as mine:
+        assert not mine
+    long_ago = time.time() - 3600
+    os.utime(lock, (long_ago, long_ago))
+    with taken(lock) as mine:
+        assert mine
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+def arm(counts: np.ndarray, seeds: list[int] | None = None) -> Arm:
+    return Arm([], seeds or list(range(len(counts))), counts)
+
+
+def counts(seed: int, share: float, seeds: int = 5, prompts: int = 30) -> np.ndarray:
+    """Prompts of 40 drafts, of which about `share` are accepted; `[S, P, C]`."""
+    rng = np.random.default_rng(seed)
+    accepted = rng.binomial(40, share, size=(seeds, prompts))
+    columns = [accepted, np.full_like(accepted, 40)] * 2
+    columns += [accepted + 40, np.full_like(accepted, 40), accepted, np.full_like(accepted, 40)]
+    columns += [accepted, np.full_like(accepted, 40)]
+    return np.stack(columns, -1).astype(float)
+
+
+def test_metrics_are_those_of_their_definitions():
+    stats = AcceptanceStats([3, 2, 4, 1], [10, 7, 5], 10, 21, 22)
+    from adaspec_eagle.contrasts import _row
+
+    forced = {"sums": [[1, 1], [6.0, 2], [5, 3]], "counts": [12, 11], "products": 9, "indices": 10}
+    row = _row({"greedy": stats.to_dict(), "sampled": stats.to_dict(), "greedy_forced": forced})
+    found = metrics(np.array(row))
+    assert found["greedy_alpha"] == pytest.approx(stats.greedy_alpha)
+    assert found["tau"] == pytest.approx(stats.tau)
+    assert found["overlap"] == pytest.approx(0.5)
+    assert found["tau_sim"] == pytest.approx(1.9)
+
+
+def test_draws_are_paired_and_of_the_right_size():
+    one = counts(0, 0.5)
+    assert np.array_equal(draws(one), draws(one))
+    assert draws(one).shape == (2000, one.shape[-1])
+    assert (draws(one)[:, 1] == 40 * 5 * 30).all()  # as many prompts and seeds in every draw
+    same = difference(arm(one), arm(one))
+    assert same["greedy_alpha"]["difference_ci95"] == [0, 0]
+    assert same["greedy_alpha"]["p"] == 1
+
+
+def test_the_interval_is_wider_where_seeds_differ():
+    """Five seeds that differ by more than prompts do: prompts alone would hide it."""
+    alike = counts(0, 0.5)
+    apart = np.concatenate(
+        [counts(n, share, 1) for n, share in enumerate((0.3, 0.4, 0.5, 0.6, 0.7))]
+    )
+    width = {}
+    for name, one in (("alike", alike), ("apart", apart)):
+        spread = metrics(draws(one))["greedy_alpha"]
+        width[name] = np.subtract(*np.percentile(spread, [97.5, 2.5]))
+    assert width["apart"] > 5 * width["alike"]
+
+
+def test_a_true_difference_holds_and_none_does_not():
+    arms = {"base": arm(counts(0, 0.5)), "same": arm(counts(1, 0.5)), "better": arm(counts(2, 0.6))}
+    arms["few"] = arm(counts(3, 0.6, seeds=2))
+    found = compare({"task": arms}, ("better", "base"), "base")["task"]
+    assert found["better"]["greedy_alpha"]["holds"]
+    assert not found["same"]["greedy_alpha"]["holds"]
+    assert not found["few"]["greedy_alpha"]["holds"]  # two seeds are too few to say
+    assert found["few"]["greedy_alpha"]["seeds"] == 2
+    assert "difference" not in found["base"]["greedy_alpha"]
+
+
+def test_a_difference_uses_the_seeds_that_both_have():
+    both = difference(arm(counts(0, 0.5), [0, 1, 2, 3, 4]), arm(counts(1, 0.5, 2), [3, 1]))
+    assert both["tau"]["seeds"] == 2
+    assert difference(arm(counts(0, 0.5, 1), [0]), arm(counts(0, 0.5, 1), [1])) is None
+
+
+def test_holm_is_step_down_and_monotone():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+# ---- the whole -----------------------------------------------------------------------------------
+
+
+def test_a_grid_is_made_once_resumed_and_shown(tmp_path, capsys):
+    target = tiny_target_folder(tmp_path / "target")
+    answers_file(tmp_path / "words.jsonl")
+    answers_file(tmp_path / "dev-words.jsonl", records=4)
+    (tmp_path / "arms.yaml").write_text(ARMS)
+    given = ["--target", target, "--tasks", "words", "--data", str(tmp_path / "{task}.jsonl")]
+    given += [
+        "--prompts",
+        str(tmp_path / "dev-{task}.jsonl"),
+        "--arms",
+        str(tmp_path / "arms.yaml"),
+    ]
+    given += [
+        "--arms",
+        str(tmp_path / "arms.yaml"),
+        "--epochs",
+        "1",
+        "--max-new-tokens",
+        "8",
+        "--depth",
+        "3",
+        "--dtype",
+        "float32",
+    ]
+    given += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    assert script.main([*given, "--only", "distillspec,adaspec"]) == 0
+    cells = sorted((tmp_path / "out").glob("cells/1/words/*.json"))
+    assert [path.name for path in cells] == ["adaspec-seed0.json", "distillspec-seed0.json"]
+    before = {path: path.stat().st_mtime_ns for path in cells}
+    assert script.main([*given, "--seeds", "2"]) == 0
+    assert all(path.stat().st_mtime_ns == before[path] for path in cells)
+    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    every = {"distillspec": [0, 1], "adaspec": [0, 1], "equal": [0, 1], "ema": [0]}
+    assert shown["cells"]["words"] == every
+    record = json.loads(cells[0].read_text())
+    assert record["config"]["reference"].endswith("distillspec-seed0/head")
+    assert record["config"]["take"] == "last"
+    assert record["head_flops"] == 7
+    assert len(record["per_prompt"]) == 4
+    assert not list((tmp_path / "out").rglob("*.lock"))
+    assert not list((tmp_path / "work").rglob("checkpoints"))
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert found["tasks"]["words"]["equal"]["steps"] > found["tasks"]["words"]["adaspec"]["steps"]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| published | Phi-2 |" in text
+    assert "| here |  | adaspec, 1 epochs |" in text
+    assert (tmp_path / "out" / "table.tex").read_text().count("\\\\") >= 5
+    assert (tmp_path / "out" / "forest.png").read_bytes().startswith(b"\x89PNG")
+    lines = (tmp_path / "out" / "table.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4 * 5
+
+
+def test_best_of_more_epochs_is_another_budget(plan):
+    settings = script.settings_of(
+        script.parser().parse_args(["--epochs", "best", "--most-epochs", "5"])
+    )
+    assert settings.epochs == 5
+    assert replace(settings, budget="3").epochs == 3
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "many"])
+def test_a_budget_that_is_none_is_refused(wrong):
+    with pytest.raises(UserError, match="--epochs"):
+        script.settings_of(script.parser().parse_args(["--epochs", wrong]))
+
+
+def test_nothing_to_show_is_said(tmp_path, plan):
+    with pytest.raises(UserError, match="no cells"):
+        script.main(["--out", str(tmp_path), "--tables-only"])
