@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -42,6 +43,10 @@ def summary(out: Path, plan: Plan, budget: str) -> Summary:
             }
             for task, arms in tasks.items()
         },
+        "speed": [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted((out / "speed" / budget).glob("*/*.json"))
+        ],
         "definitions": DEFINITIONS | {"head_flops": FLOPS},
         "environment": environment(),
     }
@@ -109,9 +114,27 @@ def markdown(found: Summary) -> str:
     ]
     for task in found["tasks"]:
         parts += [f"### {task}", task_table(found, task)]
+    if found["speed"]:
+        parts += ["### Speed, once for each kind of head", speed_table(found)]
     parts += ["### Greedy alpha, % (the layout of AdaSPEC's Table 1)", paper_table(found)]
     parts += [f"* **{name}**: {text}" for name, text in found["definitions"].items()]
     return "\n\n".join(parts) + "\n"
+
+
+def speed_table(found: Summary) -> str:
+    """Speed-up over `generate` / over our loop, and tau, of chain and tree."""
+    header = ["task", "head", "prompts", "generate tokens/s", "chain", "tree"]
+    rows = []
+    for one in found["speed"]:
+        arms = one["arms"]
+        row = [one["task"], f"{one['head']} ({one['arm']})", one["prompts"]["prompts"]]
+        row.append(f"{arms['generate']['tokens_per_s']:.1f}")
+        for key in ("chain", "tree"):
+            arm = arms[key]
+            ratios = (arm["speedup_vs_generate"], arm["speedup_vs_loop"])
+            row.append(f"{ratios[0]:.2f} / {ratios[1]:.2f}, tau {arm['tau']:.2f}")
+        rows.append(row)
+    return markdown_table(header, rows)
 
 
 def paper_table(found: Summary) -> str:

@@ -259,10 +259,11 @@ def _ready(cell: Cell, plan: Plan, work: Path, settings: Settings) -> bool:
     needed = plan.arms[cell.arm].reference
     if needed is None:
         return True
-    return (_head(Cell(cell.task, needed, cell.seed), work, settings) / "train.json").exists()
+    return (head_folder(Cell(cell.task, needed, cell.seed), work, settings) / "train.json").exists()
 
 
-def _head(cell: Cell, work: Path, settings: Settings) -> Path:
+def head_folder(cell: Cell, work: Path, settings: Settings) -> Path:
+    """Where a cell's trained head lies."""
     return cell.within(work, settings) / "head"
 
 
@@ -290,18 +291,18 @@ def run_cell(
         given["data"] = [str(name).format(task=cell.task) for name in arm.config["data"]]
     if arm.reference:
         needed = Cell(cell.task, arm.reference, cell.seed)
-        given["reference"] = str(_head(needed, work, settings))
+        given["reference"] = str(head_folder(needed, work, settings))
     config = config_of(arm, given)
     began = time.perf_counter()
-    head_folder = run_training(config, folder, (folder / "run.json").exists(), workshop)
+    trained = run_training(config, folder, (folder / "run.json").exists(), workshop)
     seconds = time.perf_counter() - began
-    head = load_head(head_folder, workshop.target)
+    head = load_head(trained, workshop.target)
     source = prompts_of(cell.task, settings, workshop.target)
     ids = [prompt.ids for prompt in source.prompts]
     found = acceptance_figures(
         workshop.target, head, ids, settings.max_new_tokens, settings.depth, cell.seed
     )
-    notes = json.loads((head_folder / "train.json").read_text())
+    notes = json.loads((trained / "train.json").read_text())
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     speeds = [line["tokens_per_s"] for line in notes["curves"] if "tokens_per_s" in line]
     per_prompt = found.pop("per_prompt")

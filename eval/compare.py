@@ -13,12 +13,14 @@ The last line of stdout is the summary as JSON.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from adaspec_eagle.bench import positive
 from adaspec_eagle.compare_tables import markdown, summary, write_tables
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.grid import Settings, cells_of, read_plan, run_grid
+from adaspec_eagle.grid_speed import measure_speed
 from adaspec_eagle.hub import HUB_SETS
 from adaspec_eagle.record import one_line
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
@@ -52,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("results/compare"), help="default: %(default)s")
     add("--work", type=Path, default=Path("runs/compare"),
         help="heads and checkpoints; default: %(default)s")  # fmt: skip
+    add("--speed", type=positive, metavar="N", help="after the cells also time chain and tree on N "
+        "prompts a task, once for each kind of head; wants the machine to itself")  # fmt: skip
     add("--tables-only", action="store_true", help="tables and plot from what is there")
     return made
 
@@ -91,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = Target.load(args.target, args.dtype)
         print(describe(target), file=sys.stderr)
         run_grid(plan, cells, settings, Workshop(target), args.out, args.work)
+        if args.speed:
+            timed = replace(settings, limit=args.speed)
+            measure_speed(plan, args.tasks.split(","), timed, target, args.out, args.work)
     found = summary(args.out, plan, settings.budget)
     write_tables(found, args.out)
     print(markdown(found))

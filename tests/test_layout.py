@@ -30,6 +30,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"train", "measure", "suites"},
     {"rescore", "suite_tables", "trace", "grid", "contrasts"},
     {"figures", "compare_tables"},
+    {"grid_speed"},
 ]
 
 
