@@ -154,14 +154,23 @@ class Cell:
         return folder / settings.budget / self.task / f"{self.arm}-seed{self.seed}"
 
 
-def cells_of(plan: Plan, tasks: Sequence[str], seeds: int) -> list[Cell]:
-    """All cells, seed by seed and task by task, so that what is there is always comparable."""
+def cells_of(plan: Plan, tasks: Sequence[str], seeds: int, only: Sequence[str] = ()) -> list[Cell]:
+    """All cells, seed by seed and task by task, so that what is there is always comparable.
+
+    only: these arms alone, and the reference arms that they need.
+    """
+    if unknown := set(only) - set(plan.arms):
+        raise UserError(f"--only: there is no arm {', '.join(sorted(unknown))}")
+    wanted = set(only or plan.arms)
+    for name in reversed(plan.arms):  # an arm comes after its reference
+        if name in wanted and (needed := plan.arms[name].reference):
+            wanted.add(needed)
     return [
         Cell(task, arm, seed)
         for seed in range(max([seeds, *plan.seeds.values()]))
         for task in tasks
         for arm in plan.arms
-        if seed < plan.seeds.get(arm, seeds)
+        if arm in wanted and seed < plan.seeds.get(arm, seeds)
     ]
 
 
@@ -224,29 +233,45 @@ def run_grid(
     """Train and measure every cell that is not done and not taken; how many were done here.
 
     Records go to OUT/cells, runs (heads, checkpoints) to WORK. A cell whose reference head another
-    worker is training waits; whoever has nothing else to do looks again.
+    worker is training waits; whoever has nothing else to do looks again. A reference head that is
+    gone, as where records came from another machine, is trained again.
     """
     done, began = 0, time.monotonic()
-    while True:
-        open_cells = [c for c in cells if not _record(c, out, settings).exists()]
-        worked = False
-        for cell in open_cells:
-            if _record(cell, out, settings).exists() or not _ready(cell, plan, work, settings):
+    while open_cells := [cell for cell in cells if not _record(cell, out, settings).exists()]:
+        before = done
+        for cell in [*_lost(open_cells, plan, settings, out, work), *open_cells]:
+            if not _ready(cell, plan, work, settings):
                 continue
-            with taken(_record(cell, out, settings).with_suffix(".lock")) as mine:
-                if not mine or _record(cell, out, settings).exists():
+            path = _record(cell, out, settings)
+            with taken(path.with_suffix(".lock")) as mine:
+                if not mine or (path.exists() and cell in open_cells):
                     continue
                 made = run_cell(plan, cell, settings, workshop, work)
-                write_json(_record(cell, out, settings), made)
-            done, worked = done + 1, True
+                if not path.exists():
+                    write_json(path, made)
+            done += 1
             left = sum(not _record(c, out, settings).exists() for c in cells)
-            pace = (time.monotonic() - began) / done
-            say(f"{cell}: done; {left} of {len(cells)} cells left, {left * pace / 60:.0f} minutes "
-                "at the pace of this worker alone")  # fmt: skip
-        if not open_cells:
-            return done
-        if not worked:
+            minutes = left * (time.monotonic() - began) / done / 60
+            say(f"{cell}: done; {left} of {len(cells)} left, {minutes:.0f} minutes for one worker")
+        if done == before:
             time.sleep(5)
+    return done
+
+
+def _lost(
+    open_cells: Sequence[Cell], plan: Plan, settings: Settings, out: Path, work: Path
+) -> list[Cell]:
+    """Cells that are on record, but whose head is not here and is a reference that others need."""
+    needed = [
+        Cell(cell.task, name, cell.seed)
+        for cell in open_cells
+        if (name := plan.arms[cell.arm].reference)
+    ]
+    return [
+        cell
+        for cell in dict.fromkeys(needed)
+        if _record(cell, out, settings).exists() and not _trained(cell, work, settings)
+    ]
 
 
 def _record(cell: Cell, out: Path, settings: Settings) -> Path:
@@ -255,11 +280,13 @@ def _record(cell: Cell, out: Path, settings: Settings) -> Path:
 
 
 def _ready(cell: Cell, plan: Plan, work: Path, settings: Settings) -> bool:
-    """Whether its reference head is there."""
+    """Whether its reference head, if it needs one, is there."""
     needed = plan.arms[cell.arm].reference
-    if needed is None:
-        return True
-    return (head_folder(Cell(cell.task, needed, cell.seed), work, settings) / "train.json").exists()
+    return needed is None or _trained(Cell(cell.task, needed, cell.seed), work, settings)
+
+
+def _trained(cell: Cell, work: Path, settings: Settings) -> bool:
+    return (head_folder(cell, work, settings) / "train.json").exists()
 
 
 def head_folder(cell: Cell, work: Path, settings: Settings) -> Path:

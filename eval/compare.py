@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", default="{task}", metavar="PATTERN",
         help="prompts to measure on, files or hub sets; default: the hub's test split")  # fmt: skip
     add("--arms", type=Path, default=ARMS, metavar="FILE", help="default: eval/arms.yaml")
-    add("--only", help="these arms of the file alone, with those that they need done already")
+    add("--only", help="these arms of the file alone, and the reference arms that they need")
     add("--seeds", type=positive, default=5, help="default: %(default)s")
     add("--epochs", default="3", help="epochs of an arm, or best: chosen by acceptance on "
         "held-back records among --most-epochs; default: %(default)s")  # fmt: skip
@@ -86,12 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     plan, settings = read_plan(args.arms), settings_of(args)
     if not args.tables_only:
-        cells = cells_of(plan, args.tasks.split(","), args.seeds)
-        if args.only:
-            wanted = args.only.split(",")
-            if unknown := set(wanted) - set(plan.arms):
-                raise UserError(f"--only: {args.arms} has no arm {', '.join(sorted(unknown))}")
-            cells = [cell for cell in cells if cell.arm in wanted]
+        only = args.only.split(",") if args.only else []
+        cells = cells_of(plan, args.tasks.split(","), args.seeds, only)
         target = Target.load(args.target, args.dtype)
         print(describe(target), file=sys.stderr)
         run_grid(plan, cells, settings, Workshop(target), args.out, args.work)
