@@ -310,7 +310,7 @@ def draft_output(head: DraftHead) -> Output:
     rows, kind = head.output_weight, head.output_weight.device.type
     if torch.is_autocast_enabled(kind):
         rows = rows.to(torch.get_autocast_dtype(kind))
-    return Output(rows, head.output_bias)
+    return Output(rows, head.logit_bias)
 
 
 class Student(nn.Module):

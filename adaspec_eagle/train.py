@@ -132,6 +132,7 @@ class Job:
     config: TrainConfig
     out: Path
     target: Target
+    sizes: HeadConfig
     data: Prepared
 
 
@@ -168,7 +169,12 @@ def run_training(
     config.unroll = config.unroll or kind.default_unroll
     config.draft_vocab = config.draft_vocab or kind.default_draft_vocab or target.vocab_size
     given = _given_heads(config, target)
-    job = Job(config, out, target, _prepare(config, out, workshop, given))
+    sizes = HeadConfig.for_target(
+        config.head, target, config.draft_vocab, train_output=config.train_output
+    )
+    data = _prepare(config, out, workshop, given)
+    sizes = replace(sizes, draft_vocab_size=len(data.vocab))
+    job = Job(config, out, target, sizes, data)
     reference = None
     if "reference" in needs(config.selection):
         reference = given.get("reference") or _reference(job)
@@ -347,8 +353,9 @@ def _stage(
     if (folder / "train.json").exists():
         say(f"{folder} is finished already")
         return folder
-    say(f"training {folder}: selection {objective.select}, {epochs:g} epochs")
     head = _fresh_head(job, name)
+    size = sum(weight.numel() for weight in head.parameters()) / 1e6
+    say(f"training {folder}: {size:.1f} M weights, selection {objective.select}, {epochs:g} epochs")
     checkpoints = job.out / "checkpoints" / name
     train = job.data.train
     alone = process_count() == 1  # else each would make the others' share of the pass, too
@@ -402,13 +409,10 @@ def _fresh_head(job: Job, name: str) -> DraftHead:
     if config.init and name == "head":
         head = load_head(config.init, target)
     else:
-        sizes = HeadConfig.for_target(
-            config.head, target, len(job.data.vocab), train_output=config.train_output
-        )
-        head = new_head(sizes, config.seed)
+        head = new_head(job.sizes, config.seed)
+        head.set_draft_vocab(job.data.vocab)
         if config.start == "target":
             head.start_from(target)
-        head.set_draft_vocab(job.data.vocab)
         if config.train_output:
             with torch.no_grad():
                 head.lm_head.weight.copy_(target.output_rows[job.data.vocab])

@@ -29,7 +29,8 @@ HELP = {
     "keep": "the fraction k of tokens that a selection trains on",
     "reference": "folder of a reference head to use instead of training one",
     "init": "folder of a head to start the draft head from",
-    "head": "eagle1, eagle3, a dotted module or a path.py",
+    "head": "eagle1, eagle3; lm:NAME, a small LM of the same tokenizer; lm:layers=4, the target's "
+    "first layers; a dotted module or a path.py",
     "unroll": "training steps on the head's own hidden states (eagle3 3, eagle1 1)",
     "decay": "weight of step s is decay^s",
     "draft_vocab": "size of the draft vocabulary",
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     config = TrainConfig(**options)
     if out is None:
         name = Path(config.target).name
-        out = Path("runs") / f"{name}-{Path(config.head).stem}-{config.method}"
+        out = Path("runs") / f"{name}-{Path(config.head).stem.replace(':', '-')}-{config.method}"
     folder = run_training(config, out, resume)
     print(f"head: {folder}\nmeasure it: python eval/speedup.py --tree --head {folder}")
     return 0
