@@ -47,6 +47,7 @@ HELP = {
     "held_back": "records kept for evaluation, at most a tenth",
     "evaluations": "evaluations and checkpoints of a stage",
     "take": "the weights that a stage ends with: best (by tau_sim on held-back records) or last",
+    "on_policy": "share of the answers that the head rewrites, anew each epoch from the second on",
     "features": "memory, disk or recompute; by default by size",
     "seed": "of weights, batches and self-written data",
     "dtype": "bfloat16, float32 or float64; by default what the device computes natively",

@@ -27,6 +27,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"generate"},
     {"distill", "selfdata", "asks", "estimate", "plug", "chat"},
     {"acceptance", "answers", "bench", "export", "callbacks", "plots", "prepare", "reference"},
+    {"onpolicy"},
     {"train", "measure"},
     {"figures", "rescore", "grid"},
 ]
