@@ -16,6 +16,9 @@ An answer ends with an end token, or where the one that it replaces ended, so th
 more. All answers are scored by the target as ever; lambda = 0 is offline. What was written is kept
 in the run's folder: a resumed run reads the same.
 
+Cost of a rewritten token: two passes of the head (one draws it, one takes it in behind the target's
+features), and one of the target, beside those of training.
+
 Legend: B rows, P prompt columns, S tokens of a block, F H features.
 """
 
