@@ -122,7 +122,7 @@ class AnswerSet(Dataset):
         if index in self.rewritten:
             record, rows = self.rewritten[index]
         else:
-            record, rows = self.records[index], self.table[index] if self.table else None
+            record, rows = self.records[index], None if self.table is None else self.table[index]
         ids = torch.tensor(record.prompt_ids + record.answer_ids)
         mask = torch.zeros(len(ids), dtype=torch.bool)
         mask[len(record.prompt_ids) :] = True

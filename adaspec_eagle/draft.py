@@ -199,7 +199,10 @@ class Drafter:
         self.logits: Tensor | None = None  # [B, Vd] for the first draft token
 
     def prefill(self, features: Tensor, tokens: Tensor, lengths: Tensor) -> None:
-        """Take in the prompt and the token behind it: `[B, T, F H]`, `[B, T + 1]`, T's `[B]`."""
+        """Take in the prompt, features `[B, T, F H]`, lengths `[B]`, and the token behind it.
+
+        tokens `[B, T + 1]`: those of the prompt and, at each row's length, that token.
+        """
         hidden = self.head.prefill(features, tokens, self.cache)
         self.cache.commit_prefix(lengths + self.head.leading)
         self._remember(hidden, lengths)

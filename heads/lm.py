@@ -44,8 +44,7 @@ class Head(DraftHead):
         self.context = getattr(model, "max_position_embeddings", config.max_position_embeddings)
         self.cached_layers = model.num_hidden_layers
         rows, width = config.draft_vocab_size, model.hidden_size
-        whole = rows == config.vocab_size
-        tied = config.lm["tied"] and whole
+        tied = config.lm["tied"] and rows == config.vocab_size
         self.lm_head = None if tied else nn.Linear(width, rows, bias=False)
         bias = torch.zeros(rows) if config.lm["bias"] else None
         self.register_buffer("lm_bias", bias)
@@ -57,12 +56,10 @@ class Head(DraftHead):
             raise UserError("--train-output: a draft LM has output rows of its own anyway")
         model = named_model(config, target)
         check_tokens(config, model, target)
-        fields = json.loads(model.config.to_json_string())
-        if model is target:
-            fields = first_layers(config, target)
-        fields["vocab_size"] = target.vocab_size
+        own = model is not target
+        fields = json.loads(model.config.to_json_string()) if own else first_layers(config, target)
         known = {
-            "model": fields,
+            "model": fields | {"vocab_size": target.vocab_size},
             "tied": model.output_rows.data_ptr() == model.embedding.data_ptr(),
             "bias": model.output_bias is not None,
         }
@@ -78,14 +75,16 @@ class Head(DraftHead):
         """The model's weights, or those of the target's first layers."""
         model = named_model(self.config, target)
         given = dict(model.model.base_model.named_parameters())
+        embedding = self.lm.get_input_embeddings().weight
         for name, weight in self.lm.named_parameters():
-            if name not in given or given[name].shape[1:] != weight.shape[1:]:
+            found = given.get(name)
+            if found is None or (found.shape != weight.shape and weight is not embedding):
                 raise UserError(f"{self.config.head}: {model.name} has no weights for {name}")
-            known = min(
-                len(weight), len(given[name])
-            )  # of an embedding; further rows are never read
+            rows = min(
+                len(weight), len(found)
+            )  # of an embedding padded otherwise than the target's
             weight.zero_()
-            weight[:known] = given[name][:known]
+            weight[:rows] = found[:rows]
         ids = slice(0, self.config.vocab_size) if self.draft_ids is None else self.draft_ids
         if self.lm_head is not None:
             self.lm_head.weight.copy_(model.output_rows[ids])
@@ -119,9 +118,8 @@ class Head(DraftHead):
     @property
     def output_weight(self) -> Tensor:
         """The LM's own output rows `[Vd, H]`."""
-        return (
-            self.lm.get_input_embeddings().weight if self.lm_head is None else self.lm_head.weight
-        )
+        tied = self.lm_head is None
+        return self.lm.get_input_embeddings().weight if tied else self.lm_head.weight
 
     @property
     def logit_bias(self) -> Tensor | None:
