@@ -37,7 +37,10 @@ BARREN = 8  # batches of self-written prompts in a row that may give none
 
 
 def answer(target: Target, asks: list[Ask], settings: Settings) -> list[Record]:
-    """The target's answers to one batch, greedy at temperature 0, in the order of the prompts."""
+    """The target's answers to one batch, greedy at temperature 0, in the order of the prompts.
+
+    Above it a prompt's random numbers follow from (seed, its id), whatever it is batched with.
+    """
     tokens, mask = padded(target, asks)
     out = generate(
         target,
@@ -46,7 +49,8 @@ def answer(target: Target, asks: list[Ask], settings: Settings) -> list[Record]:
         mask,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
-        seed=settings.seed ^ zlib.crc32(asks[0].prompt["id"].encode()),
+        seed=settings.seed,
+        row_keys=[zlib.crc32(ask.prompt["id"].encode()) for ask in asks],
     )
     return [_record(target, ask, ids, settings) for ask, ids in zip(asks, out.answers, strict=True)]
 

@@ -41,6 +41,7 @@ def model_card(
     eval/speedup.py for this head.
     """
     target = hub_id(fields["target"])
+    own = fields["train_output"] or fields.get("lm")
     name = {"eagle1": "EAGLE-1", "eagle3": "EAGLE-3"}.get(fields["head"], fields["head"])
     base = f"base_model: {target}\n" if target.count("/") == 1 else ""
     return f"""\
@@ -55,7 +56,7 @@ def model_card(
 | licence of the target | {licence or f"not on record here; see {target}"} |
 | layout | {to or "adaspec_eagle"} |
 | draft vocabulary | {fields["draft_vocab_size"]:,} of {fields["vocab_size"]:,} tokens |
-| output rows | {"the head's own" if fields["train_output"] else "the target's, frozen"} |
+| output rows | {"the head's own" if own else "the target's, frozen"} |
 {_training(notes)}
 {_caveat(fields)}
 ## Figures

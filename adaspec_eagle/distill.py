@@ -7,7 +7,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -102,18 +102,33 @@ class AnswerSet(Dataset):
         self.records = records
         self.table = table
         self.reference = reference
+        self.rewritten: dict[int, tuple[Record, Tensor | None]] = {}
+
+    def rewrite(self, answers: Mapping[int, list[int]], rows: Mapping[int, Tensor]) -> None:
+        """Give these answers, and target rows, instead of the records' own (onpolicy.py).
+
+        By number of the record; all others are as they were given. `lengths` stays, so that the
+        batches hold the same records as without.
+        """
+        self.rewritten = {
+            i: (replace(self.records[i], answer_ids=answer), rows.get(i))
+            for i, answer in answers.items()
+        }
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        record = self.records[index]
+        if index in self.rewritten:
+            record, rows = self.rewritten[index]
+        else:
+            record, rows = self.records[index], None if self.table is None else self.table[index]
         ids = torch.tensor(record.prompt_ids + record.answer_ids)
         mask = torch.zeros(len(ids), dtype=torch.bool)
         mask[len(record.prompt_ids) :] = True
         item = {"input_ids": ids, "loss_mask": mask}
-        if self.table is not None:
-            item["target_rows"] = self.table[index]
+        if rows is not None:
+            item["target_rows"] = rows
         if self.reference is not None:
             item["reference"] = self.reference[index]
         return item
@@ -310,7 +325,7 @@ def draft_output(head: DraftHead) -> Output:
     rows, kind = head.output_weight, head.output_weight.device.type
     if torch.is_autocast_enabled(kind):
         rows = rows.to(torch.get_autocast_dtype(kind))
-    return Output(rows, head.output_bias)
+    return Output(rows, head.logit_bias)
 
 
 class Student(nn.Module):

@@ -199,11 +199,12 @@ class Drafter:
         self.logits: Tensor | None = None  # [B, Vd] for the first draft token
 
     def prefill(self, features: Tensor, tokens: Tensor, lengths: Tensor) -> None:
-        """Take in the prompt: features `[B, T, F H]` paired with the next tokens `[B, T]`."""
-        fused = self.head.fuse(features)
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        hidden = self.head(fused, tokens, positions, None, self.cache, 0)
-        self.cache.commit_prefix(lengths)
+        """Take in the prompt, features `[B, T, F H]`, lengths `[B]`, and the token behind it.
+
+        tokens `[B, T + 1]`: those of the prompt and, at each row's length, that token.
+        """
+        hidden = self.head.prefill(features, tokens, self.cache)
+        self.cache.commit_prefix(lengths + self.head.leading)
         self._remember(hidden, lengths)
 
     def advance(self, features: Tensor, tokens: Tensor, length: Tensor, longest: int) -> None:
@@ -216,7 +217,7 @@ class Drafter:
             fused = self.head.fuse(features)
         hidden = self._forward(fused, tokens, steps.expand_as(tokens), causal, 0)
         path = steps.expand_as(tokens)
-        self.cache.commit(path, length, longest)
+        self.cache.commit(path, length, longest + self.head.leading)
         self._remember(hidden, length)
 
     def grow(

@@ -32,7 +32,6 @@ def target_rows(target: Target, input_ids: Tensor, layers: Sequence[int]) -> Ten
     out = target.forward(
         input_ids.to(target.device), positions, feature_layers=wanted, logits=False
     )
-    assert out.features is not None
     return out.features
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -290,15 +291,13 @@ class _Run:
         self.last = verdict.bonus  # [B]
         self._check_finite(finite.tolist(), rows)
         if self.head:
-            assert out.features is not None
-            following = torch.roll(tokens, -1, dims=1)
-            following.scatter_(1, lengths[:, None] - 1, self.last[:, None])
+            whole = functional.pad(tokens, (0, 1)).scatter(1, lengths[:, None], self.last[:, None])
             planner = None
             if isinstance(self.shape, Auto):
                 costs = costs_of(target, self.head, len(rows), self.shape.width)
                 planner = Planner(costs, len(rows), self.shape.nodes)
             self.drafter = Drafter(self.head, self.shape, min(room, FIRST_CAPACITY), planner)
-            self.drafter.prefill(out.features, following, lengths)
+            self.drafter.prefill(out.features, whole, lengths)
         first = self.last.tolist()
         for b, token in enumerate(first):
             self.sampler.extend(b, [token])
@@ -352,7 +351,7 @@ class _Run:
         if self.drafter:
             self.drafter.keep(rows)
 
-    def _verify(self, tree: DraftTree, ancestors: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _verify(self, tree: DraftTree, ancestors: Tensor) -> tuple[Tensor, Tensor]:
         """The target's logits at every node `[B, N, V]`, and the nodes' features."""
         cache = self.cache
         assert cache.lengths is not None
@@ -391,14 +390,13 @@ class _Run:
                 raise UserError(where_not_finite(self.target, ids))
 
     def _commit(
-        self, path: Tensor, tokens: Tensor, moved: Tensor, longest: int, features: Tensor | None
+        self, path: Tensor, tokens: Tensor, moved: Tensor, longest: int, features: Tensor
     ) -> None:
         """Append the accepted nodes to the target's history, and their pairs to the head's."""
         path = path[:, :longest]  # [B, P]
         self.cache.commit(path, moved, max(self.lengths))
         if not self.drafter:
             return
-        assert features is not None
         pairs = features.gather(1, path[:, :, None].expand(-1, -1, features.shape[-1]))
         with self.clock.part("draft"):
             self.drafter.advance(pairs, tokens[:, :longest], moved, max(self.lengths))

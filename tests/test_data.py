@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from adaspec_eagle import answers, asks, data, selfdata
 from adaspec_eagle.answers import answer_prompts, answer_self
 from adaspec_eagle.apart import Measured
-from adaspec_eagle.asks import Settings, batches, tokenise
+from adaspec_eagle.asks import Ask, Settings, batches, tokenise
 from adaspec_eagle.data import (
     append_jsonl,
     chat_frame,
@@ -268,6 +268,21 @@ def test_greedy_answers_are_those_of_generate_in_float32(tmp_path):
         assert record.prompt_ids == target.chat_ids(record.messages[:-1])
         assert record.fingerprint == target.fingerprint
         assert record.temperature == 0
+
+
+def test_sampled_answers_are_recorded_as_such_and_follow_from_seed_and_id(tmp_path):
+    """Each is what sampling that prompt alone gives; answers used to depend on the batch."""
+    target, warm = tiny_target(), replace(SETTINGS, temperature=1.0, seed=4)
+    out = tmp_path / "a.jsonl"
+    answer_prompts(target, [prompt(i) for i in range(6)], out, warm, silent)
+    cold = tmp_path / "b.jsonl"
+    answer_prompts(target, [prompt(i) for i in range(6)], cold, SETTINGS, silent)
+    greedy = {record.id: record.answer_ids for record in read_answers(cold)}
+    for record in read_answers(out):
+        assert record.temperature == 1.0
+        assert record.answer_ids != greedy[record.id]
+        alone = answers.answer(target, [Ask(prompt(int(record.id[1:])), record.prompt_ids)], warm)
+        assert alone[0].answer_ids == record.answer_ids
 
 
 class Killed(BaseException):

@@ -218,6 +218,28 @@ def test_selection_compares_the_distillation_loss_without_the_feature_term():
     torch.testing.assert_close(found.total[0], found.distilled[0] + regression)
 
 
+@pytest.mark.parametrize("name", ["eagle3", "lm"])
+def test_the_black_box_loss_asks_nothing_of_the_target_but_its_text(name):
+    """Value and gradient stay when the hidden states that give the target's logits are lost."""
+    target = tiny_target()
+    head = tiny_head(target, name).train()
+    objective = Objective("text", unroll=head.default_unroll)
+    assert not objective.needs_full
+    found = []
+    for lost in (False, True):
+        batch = make_batch(target, head, collate([AnswerSet(RECORDS)[i] for i in range(8)]))
+        if lost:
+            batch.hidden.fill_(torch.nan)
+        tokens = target_tokens(target, head, batch, objective.needs_full)
+        losses = step_losses(head, objective, batch, tokens).total
+        head.zero_grad()
+        losses.sum().backward()
+        gradients = [weight.grad.clone() for weight in head.parameters() if weight.grad is not None]
+        found.append([losses, *gradients])
+    assert found[0][0].isfinite().all()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_adaspec_without_a_reference_is_refused(tmp_path):
     target = tiny_target()
     with pytest.raises(UserError, match="reference"):

@@ -27,6 +27,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"generate"},
     {"distill", "selfdata", "asks", "estimate", "plug", "chat"},
     {"acceptance", "answers", "bench", "export", "callbacks", "plots", "prepare", "reference"},
+    {"onpolicy"},
     {"train", "measure", "suites"},
     {"rescore", "suite_tables", "trace", "grid", "contrasts"},
     {"figures", "compare_tables"},
@@ -94,8 +95,9 @@ def test_heads_keep_the_contract(name):
     assert head.logits(hidden).shape == (2, 5, 40)
     torch.testing.assert_close(head.logits(hidden), head.project(head.readout(hidden)))
     torch.testing.assert_close(head.embed(tokens), target.model.get_input_embeddings()(tokens))
-    wanted = target.logits(head.readout(hidden))[..., head.draft_ids]
-    torch.testing.assert_close(head.logits(hidden), wanted)
+    if name != "lm":  # which has output rows of its own
+        wanted = target.logits(head.readout(hidden))[..., head.draft_ids]
+        torch.testing.assert_close(head.logits(hidden), wanted)
     assert torch.equal(head.to_target(torch.arange(40)), head.draft_ids)
 
 
@@ -105,7 +107,8 @@ def test_a_head_that_was_not_bound_gives_nan(name):
     target = tiny_target()
     head = head_class(name)(tiny_head(target, name).config).double()
     assert head.embed(torch.zeros(1, 1, dtype=torch.long)).isnan().all()
-    assert head.project(torch.zeros(1, 32, dtype=torch.float64)).isnan().all()
+    if name != "lm":
+        assert head.project(torch.zeros(1, 32, dtype=torch.float64)).isnan().all()
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -115,10 +118,12 @@ def test_casting_a_head_keeps_its_rotary_frequencies_exact(name):
     Another package's logits for the shipped head showed it.
     """
     head = head_class(name)(tiny_head(tiny_target(), name).config)
-    exact = head.rotary.inv_freq.clone()
+    exact = {n: b.clone() for n, b in head.named_buffers() if n.endswith(".inv_freq")}
+    assert exact
     head.to(torch.bfloat16).to(torch.float64)
-    assert torch.equal(head.rotary.inv_freq.double(), exact.double())
-    assert head.fc.weight.dtype == torch.float64
+    found = dict(head.named_buffers())
+    assert all(torch.equal(found[n].double(), b.double()) for n, b in exact.items())
+    assert {weight.dtype for weight in head.parameters()} == {torch.float64}
 
 
 def test_a_head_is_found_by_module_and_by_file(tmp_path):

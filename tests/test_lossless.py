@@ -33,7 +33,7 @@ def reference(target, ids, mask, new=24):
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("tree", TREES, ids=["chain", "static", "auto", "dynamic"])
-@pytest.mark.parametrize("name", ["eagle1", "eagle3"])
+@pytest.mark.parametrize("name", ["eagle1", "eagle3", "lm"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_output_equals_the_targets_own(arch, name, tree, rows):
     target = tiny_target(arch)
@@ -165,7 +165,7 @@ def test_the_heads_cache_after_ragged_rounds_is_that_of_a_fresh_prefill():
     target = tiny_target()
     head = tiny_head(target)
     torch.manual_seed(2)
-    ids = torch.randint(8, VOCAB, (3, 10))
+    ids = torch.randint(8, VOCAB, (3, 11))
     features = torch.randn(3, 10, 96, dtype=torch.float64)
     lengths, gained = torch.tensor([6, 4, 5]), torch.tensor([3, 1, 0])
     with torch.no_grad():
@@ -174,13 +174,13 @@ def test_the_heads_cache_after_ragged_rounds_is_that_of_a_fresh_prefill():
         drafter.grow(ids[:, 0])
         rows = lengths[:, None] + torch.arange(3)
         pairs = features.gather(1, rows[:, :, None].expand(-1, -1, 96))
-        drafter.advance(pairs, ids.gather(1, rows), gained, longest=9)
+        drafter.advance(pairs, ids.gather(1, rows + 1), gained, longest=9)
         drafter.keep(torch.tensor([0, 1]))
         tree, _ = drafter.grow(ids[:2, 0])
         for row in range(2):
             fresh = Drafter(head, Dynamic(nodes=8, depth=3, width=3))
             total = (lengths + gained)[row : row + 1]
-            fresh.prefill(features[row : row + 1, :total], ids[row : row + 1, :total], total)
+            fresh.prefill(features[row : row + 1, :total], ids[row : row + 1, : total + 1], total)
             torch.testing.assert_close(drafter.hidden[row], fresh.hidden[0])
             wanted, _ = fresh.grow(ids[row : row + 1, 0])
             assert torch.equal(tree.tokens[row], wanted.tokens[0])

@@ -9,7 +9,7 @@ from adaspec_eagle.unroll import unroll
 from tests.tiny import ARCHITECTURES, tiny_head, tiny_target
 
 
-@pytest.mark.parametrize("name", ["eagle1", "eagle3"])
+@pytest.mark.parametrize("name", ["eagle1", "eagle3", "lm"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_unrolled_training_equals_incremental_decoding(arch, name):
     """Hidden states of every step at every index equal those of a chain drafted from there."""
@@ -24,7 +24,7 @@ def test_unrolled_training_equals_incremental_decoding(arch, name):
         for end in range(begin + 1, length - steps):  # the last committed index is end - 1
             drafter = Drafter(head, chain(steps))
             lengths = torch.tensor([begin + 1, begin + 1])
-            drafter.prefill(features[:, : begin + 1], ids[:, 1 : begin + 2], lengths)
+            drafter.prefill(features[:, : begin + 1], ids[:, : begin + 2], lengths)
             for index in range(begin + 1, end):  # one accepted pair a round
                 drafter.advance(
                     features[:, index : index + 1],

@@ -129,3 +129,14 @@ def test_stop_strings_end_an_answer_where_generate_ends_it(real_target):
     )  # fmt: skip
     assert torch.equal(found.sequences, wanted)
     assert 0 < len(found.answers[0]) <= 11
+
+
+def test_the_target_is_its_own_draft_lm(real_target):
+    """All its layers as `lm`: what it drafts is accepted, near ties apart."""
+    ids = torch.tensor([real_target.chat_ids([{"role": "user", "content": "Name three fruits."}])])
+    size = real_target.vocab_size
+    head = new_head(HeadConfig.for_target("lm:layers=30", real_target, size))
+    head.start_from(real_target)
+    head.eval().bind(real_target)
+    found = generate(real_target, head, ids, tree="chain:4", max_new_tokens=32, ignore_eos=True)
+    assert found.stats.greedy_alpha > 0.95

@@ -30,7 +30,7 @@ def test_ancestor_mask_equals_walking_up():
 def test_grown_trees_are_in_order_and_siblings_differ(shape):
     target = tiny_target()
     drafter = Drafter(tiny_head(target), shape)
-    ids = torch.randint(8, 97, (3, 8))
+    ids = torch.randint(8, 97, (3, 9))
     features = torch.randn(3, 8, 96, dtype=torch.float64)
     with torch.no_grad():
         drafter.prefill(features, ids, torch.tensor([8, 5, 2]))
@@ -49,7 +49,7 @@ def test_dynamic_tree_holds_the_most_probable_paths():
     """Against brute force: the scores of all paths, each token by a forward of its own."""
     target = tiny_target()
     head = tiny_head(target)
-    ids = torch.randint(8, 97, (1, 8))
+    ids = torch.randint(8, 97, (1, 9))
     features = torch.randn(1, 8, 96, dtype=torch.float64)
     shape = Dynamic(nodes=10, depth=3, width=40)  # a beam as wide as the vocabulary: no pruning
     with torch.no_grad():
