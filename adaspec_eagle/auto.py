@@ -84,17 +84,15 @@ def _time_target(target: Target, layers: list[int], rows: int, size: int) -> flo
 
 
 def _time_draft(head: DraftHead, rows: int, width: int) -> float:
-    weight = head.embed_rows
+    weight, config = head.embed_rows, head.config
     cache = TreeCache(head.cached_layers, HISTORY + width)
-    config = head.config
-    keys = weight.new_zeros(rows, config.num_key_value_heads, HISTORY, config.head_dim)
-    for layer in range(head.cached_layers):
-        cache.update(keys, keys, layer)
+    tokens = torch.zeros(rows, HISTORY, dtype=torch.long, device=weight.device)
+    features = weight.new_zeros(rows, HISTORY, len(config.feature_layers) * config.hidden_size)
+    positions = torch.arange(HISTORY, device=weight.device).expand_as(tokens)
+    hidden = head(head.fuse(features), tokens, positions, None, cache, 0)[:, :width]
     cache.commit_prefix(torch.full((rows,), HISTORY, device=weight.device), HISTORY)
     mask = _chain_mask(cache, rows, width, weight.dtype)
-    hidden = weight.new_zeros(rows, width, config.hidden_size)
-    tokens = torch.zeros(rows, width, dtype=torch.long, device=weight.device)
-    positions = torch.full_like(tokens, HISTORY)
+    tokens, positions = tokens[:, :width], torch.full_like(tokens[:, :width], HISTORY)
 
     def level() -> None:
         with packing(head).active():

@@ -55,6 +55,7 @@ class HeadConfig:
     feature_layers: list[int]  # hidden_states indices: i is the input of layer i
     output_bias: bool = False  # whether the target's output layer has a bias, which is borrowed
     train_output: bool = False  # output rows of the head's own instead of the target's
+    steps: int = 4  # depths, of a head with weights for each (Medusa)
     # What published heads may have; heads that are trained here have none of it.
     fc_bias: bool = False
     attention_bias: bool = False  # of the q, k, v and o projections
@@ -129,6 +130,7 @@ class DraftHead(nn.Module):
     default_unroll: ClassVar[int] = 3  # training steps of self-unroll
     default_draft_vocab: ClassVar[int | None] = 8192  # None: the target's whole vocabulary
     cached_layers: ClassVar[int] = 1  # layers that keep keys and values
+    reads_tokens: ClassVar[bool] = True  # False: drafts depend on the feature alone (Medusa)
 
     embed_rows: Tensor  # [V, H]
     output_rows: Tensor  # [Vd, H], unless train_output
@@ -158,7 +160,11 @@ class DraftHead(nn.Module):
         raise NotImplementedError
 
     def fuse(self, features: Tensor) -> Tensor:
-        """The target's features `[B, N, F * H]` -> what `forward` takes as hidden `[B, N, H]`."""
+        """The target's features `[B, N, F * H]` -> what `forward` takes as hidden `[B, N, H]`.
+
+        A head that hands more from step to step than a hidden state has wider ones, here and in
+        `forward` alike; `readout` then narrows them.
+        """
         raise NotImplementedError
 
     def forward(
@@ -177,6 +183,11 @@ class DraftHead(nn.Module):
         tokens further on. The same call serves training and decoding.
         """
         raise NotImplementedError
+
+    @property
+    def deepest(self) -> int | None:
+        """How many tokens deep the head can draft; None without a limit."""
+        return None
 
     def readout(self, hidden: Tensor) -> Tensor:
         """What stands between `forward`'s hidden states and the output rows; nothing, here."""

@@ -403,7 +403,11 @@ def _fresh_head(job: Job, name: str) -> DraftHead:
         head = load_head(config.init, target)
     else:
         sizes = HeadConfig.for_target(
-            config.head, target, len(job.data.vocab), train_output=config.train_output
+            config.head,
+            target,
+            len(job.data.vocab),
+            train_output=config.train_output,
+            steps=config.unroll,
         )
         head = new_head(sizes, config.seed)
         if config.start == "target":

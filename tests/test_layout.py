@@ -9,7 +9,7 @@ import torch
 import adaspec_eagle
 from adaspec_eagle import DraftHead, head_class
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.head import built_in_heads
+from adaspec_eagle.head import Rotary, built_in_heads
 from tests.tiny import tiny_head, tiny_target
 
 REPOSITORY = Path(__file__).parents[1]
@@ -89,8 +89,10 @@ def test_heads_keep_the_contract(name):
     tokens = torch.randint(8, 97, (2, 5))
     features = torch.randn(2, 5, 32 * len(head.config.feature_layers), dtype=torch.float64)
     positions = torch.arange(5).expand(2, 5)
-    hidden = head(head.fuse(features), tokens, positions, None, None, 0)
-    assert hidden.shape == (2, 5, 32)
+    fused = head.fuse(features)
+    hidden = head(fused, tokens, positions, None, None, 0)
+    assert hidden.shape == fused.shape
+    assert head.readout(hidden).shape == (2, 5, 32)
     assert head.logits(hidden).shape == (2, 5, 40)
     torch.testing.assert_close(head.logits(hidden), head.project(head.readout(hidden)))
     torch.testing.assert_close(head.embed(tokens), target.model.get_input_embeddings()(tokens))
@@ -115,10 +117,12 @@ def test_casting_a_head_keeps_its_rotary_frequencies_exact(name):
     Another package's logits for the shipped head showed it.
     """
     head = head_class(name)(tiny_head(tiny_target(), name).config)
-    exact = head.rotary.inv_freq.clone()
+    turns = [module.inv_freq.clone() for module in head.modules() if isinstance(module, Rotary)]
+    assert len(turns) == (name != "medusa")  # which has no attention
     head.to(torch.bfloat16).to(torch.float64)
-    assert torch.equal(head.rotary.inv_freq.double(), exact.double())
-    assert head.fc.weight.dtype == torch.float64
+    found = [module.inv_freq for module in head.modules() if isinstance(module, Rotary)]
+    assert all(torch.equal(a.double(), b.double()) for a, b in zip(found, turns, strict=True))
+    assert {weight.dtype for weight in head.parameters()} == {torch.float64}
 
 
 def test_a_head_is_found_by_module_and_by_file(tmp_path):
