@@ -9,7 +9,7 @@ from rich.table import Table
 
 from adaspec_eagle.record import with_interval, write_bytes
 
-COLORS = {
+COLORS = {  # of arms; others take OTHERS in turn
     "generate": "#8a8f98",
     "loop": "#b9bec6",
     "chain": "#3b7dd8",
@@ -18,6 +18,7 @@ COLORS = {
     "dynamic": "#7a4fbf",
     "static": "#2f9e6e",
 }
+OTHERS = ("#c2a02b", "#7a8f2f", "#2f9e6e", "#1f8fa3", "#5b5fc7", "#a14fa8", "#c23b5e", "#7d5a3c")
 Figures = dict[str, Any]
 
 
@@ -79,7 +80,7 @@ def seconds(part: str) -> Callable[[Figures], str]:
 
 
 def _verified(arm: Figures) -> str:
-    return f"{1 + arm['nodes'] / arm['rounds']:.1f}" if arm["shape"] and arm["rounds"] else "-"
+    return f"{1 + arm['nodes'] / arm['rounds']:.1f}" if arm["nodes"] and arm["rounds"] else "-"
 
 
 def _rest(arm: Figures) -> str:
@@ -90,6 +91,51 @@ def _rest(arm: Figures) -> str:
 
 def _list(values: list[float]) -> str:
     return " ".join(f"{value:.2f}".lstrip("0") for value in values) or "-"
+
+
+METHOD_COLUMNS = ["arm", "draft", "tokens/s", "over generate", "over loop", "tau"]
+METHOD_COLUMNS += ["verified a round", "equal to generate", "lossless"]
+
+
+def methods_table(result: Figures) -> Table:
+    """One row an arm: what is compared of many methods; those that lack something say what."""
+    target = result["target"]
+    prompts = sum(source["prompts"] for source in result["prompts"])
+    title = f"{target['name']}, {target['dtype']}, {prompts} prompts [dim](95 % interval)[/dim]"
+    table = Table(title=title, title_justify="left")
+    for name in METHOD_COLUMNS:
+        table.add_column(name, justify="left" if name in ("arm", "draft") else "right")
+    for row in method_rows(result):
+        table.add_row(*row)
+    return table
+
+
+def method_rows(result: Figures) -> list[list[str]]:
+    """Rows under METHOD_COLUMNS; the arms that were not measured come last."""
+    speeds = ("speedup_vs_generate", "speedup_vs_loop", "tau")
+    rows = [
+        [key, arm["shape"] or "-", ratio("tokens_per_s", 1)(arm)]
+        + [ratio(name)(arm) for name in speeds]
+        + [_verified(arm), f"{arm['matched']}/{arm['total']}", _lossless(arm)]
+        for key, arm in result["arms"].items()
+    ]
+    lacking = {k: facts["lacks"] for k, facts in result["baselines"].items() if facts["lacks"]}
+    return rows + [[key, f"lacks {reason}"] + ["-"] * 7 for key, reason in lacking.items()]
+
+
+def _lossless(arm: Figures) -> str:
+    gap = f", gap {arm['gap']:.2g}" if arm["gap"] else ""
+    return ("yes" if arm["lossless"] else "NO") + gap
+
+
+def baseline_lines(baselines: Figures) -> list[str]:
+    """A line for each baseline: its paper and head, or what it lacks."""
+    lines = []
+    for name, facts in baselines.items():
+        head = f"; head {facts['head']['folder']}" if facts.get("head") else ""
+        state = f"not measured, it lacks {facts['lacks']}" if facts["lacks"] else facts["paper"]
+        lines.append(f"{name}: {state}{head}")
+    return lines
 
 
 def files_table(result: Figures) -> Table:
@@ -130,8 +176,9 @@ def speedup_png(result: Figures, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 4.0), layout="constrained", dpi=150)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    extra = max(len(result["arms"]) - 4, 0)
+    figure = Figure(figsize=(9.6 + extra, 4.0 + extra / 5), layout="constrained", dpi=150)
+    left, right = figure.subplots(1, 2, width_ratios=(1 + extra / 5, 1.15))
     _speed_panel(left, result["arms"])
     _acceptance_panel(right, result["arms"])
     target = result["target"]
@@ -178,7 +225,7 @@ def _speed_panel(axes: Any, arms: dict[str, Figures]) -> None:
     tops = []
     for place, (key, arm) in enumerate(arms.items()):
         speed, (low, high) = arm["tokens_per_s"], arm["tokens_per_s_ci95"]
-        axes.bar(place, speed, color=COLORS[key], width=0.65)
+        axes.bar(place, speed, color=_color(key, arms), width=0.65)
         spread = [[max(speed - low, 0.0)], [max(high - speed, 0.0)]]
         axes.errorbar(place, speed, yerr=spread, color="black", capsize=4, linewidth=1)
         note = f"\n{arm['speedup_vs_generate']:.2f} ×" if arm["shape"] else ""
@@ -201,10 +248,10 @@ def _acceptance_panel(axes: Any, arms: dict[str, Figures]) -> None:
         if not shares:
             continue
         depths = range(1, len(shares) + 1)
-        bounds = arm["acceptance_by_depth_ci95"]
-        axes.fill_between(depths, *zip(*bounds, strict=True), color=COLORS[key], alpha=0.15, lw=0)
+        bounds, color = arm["acceptance_by_depth_ci95"], _color(key, arms)
+        axes.fill_between(depths, *zip(*bounds, strict=True), color=color, alpha=0.15, lw=0)
         label = f"{_label(key, arm).replace(chr(10), ' ')}, tau {arm['tau']:.2f}"
-        axes.plot(depths, shares, "o-", color=COLORS[key], label=label, markersize=4)
+        axes.plot(depths, shares, "o-", color=color, label=label, markersize=4)
         deepest = max(deepest, len(shares))
     axes.set_xticks(range(1, deepest + 1))
     axes.set_ylim(0, 1)
@@ -213,6 +260,12 @@ def _acceptance_panel(axes: Any, arms: dict[str, Figures]) -> None:
     axes.set_title("Rounds that accepted d or more draft tokens", fontsize=10)
     axes.legend(frameon=False)
     _bare(axes)
+
+
+def _color(key: str, arms: dict[str, Figures]) -> str:
+    """An arm's own colour, or the next of OTHERS."""
+    others = [name for name in arms if name not in COLORS]
+    return COLORS[key] if key in COLORS else OTHERS[others.index(key) % len(OTHERS)]
 
 
 def _label(key: str, arm: Figures) -> str:

@@ -28,7 +28,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"distill", "selfdata", "asks", "estimate", "plug", "chat"},
     {"acceptance", "answers", "bench", "export", "callbacks", "plots", "prepare", "reference"},
     {"train", "measure", "suites"},
-    {"rescore", "suite_tables", "trace", "grid", "contrasts"},
+    {"rescore", "foreign", "baselines", "suite_tables", "trace", "grid", "contrasts"},
     {"figures", "compare_tables"},
     {"grid_speed"},
 ]

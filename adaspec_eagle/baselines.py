@@ -1,0 +1,338 @@
+"""Methods to compare with, as further arms: same prompts, same process, same figures.
+
+Those that draft with a head run in this package's loop; prompt lookup and assisted generation are
+transformers' own; a decoder from a file has Spec-Bench's signature. An arm for which something is
+not there is kept, with what it lacks, and never measured with something else.
+
+Legend: B rows, T prompt tokens.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BatchEncoding
+from transformers.generation.streamers import BaseStreamer
+
+from adaspec_eagle.bench import Bench, HeadChoice, known_heads
+from adaspec_eagle.draft import Dynamic, Shape, Static, parse_shape, static_paths
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.head import load_head
+from adaspec_eagle.measure import Arm, decode, plain_greedy, synchronize, trim
+from adaspec_eagle.plugins import function_of
+from adaspec_eagle.record import sha256, shown
+from adaspec_eagle.stats import AcceptanceStats
+from adaspec_eagle.storage import local_folder, read_json, weights_file
+from adaspec_eagle.targets import Target
+
+Answered = tuple[list[list[int]], AcceptanceStats]
+LOOKUP = 10  # tokens that prompt lookup copies, as Spec-Bench asks for; the n-gram is of up to 2
+
+DEFINITIONS = {
+    "baselines": "arms of other methods: `paper`; `head` and `tree` of those that draft with one; "
+    "`lacks`: why an arm was not measured",
+    "tau of transformers' assisted decoding": "tokens / target forwards, the first forward left "
+    "out of both: it takes in the prompt and verifies drafts at once; accepted tokens are counted "
+    "as transformers cuts them, at the end token and the limit",
+    "tau of a decoder from a file": "tokens after the first / entries of its accept_lengths, one a "
+    "target forward behind prefill",
+    "lossless": "every answer that differs from generate's does so first where rounding decides, "
+    "by the rule of eval/lossless.py for the dtype; `gap`: the largest logit minus that of the "
+    "emitted token, at first differences only, the greatest over answers",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method."""
+
+    paper: str
+    head: str | None = None  # kind of head, a file in heads/
+    tree: Shape | None = None  # the paper's
+    select: str = "none"  # how a head that is looked for was trained
+
+
+def tree_of(children: dict[tuple[int, ...], int]) -> Static:
+    """The static tree in which the node at a path of ranks has that many children, ranked from 0.
+
+    What is not named has none; the root is at ().
+    """
+    return static_paths([(*path, n) for path, count in children.items() for n in range(count)])
+
+
+# EAGLE-1's published tree, 25 draft tokens and 5 deep: "mc_sim_7b_63" in its code.
+EAGLE1_TREE = tree_of(
+    {
+        (): 4,
+        **{(0,): 3, (1,): 2, (2,): 2, (3,): 1},
+        **{(0, 0): 3, (0, 1): 2, (0, 2): 2, (1, 0): 1},
+        **{(0, 0, 0): 3, (0, 0, 0, 0): 2},
+    }
+)
+# Medusa's for Vicuna-7B, 63 draft tokens and 4 deep: of the same name in Medusa's code.
+MEDUSA_TREE = tree_of(
+    {
+        (): 10,
+        **{(0,): 10, (1,): 7, (2,): 3, (3,): 2, (4,): 1, (5,): 1, (6,): 1, (7,): 1, (8,): 1},
+        **{(9,): 1, (0, 0): 10, (0, 1): 3, (0, 2): 2, (0, 3): 1, (0, 4): 1, (0, 5): 1},
+        **{(0, 6): 1, (0, 7): 1, (1, 0): 2, (2, 0): 1, (0, 0, 0): 2},
+    }
+)
+# EAGLE-2 verifies 60 tokens, the root among them, from beams of 10 (6 levels; EAGLE-3: 8).
+EAGLE2_TREE = Dynamic(nodes=59, depth=6, width=10)
+EAGLE3_TREE = Dynamic(nodes=59, depth=8, width=10)
+
+METHODS = {
+    "lookup": Method("prompt lookup, Saxena 2023; transformers' prompt_lookup_num_tokens"),
+    "assisted": Method("Leviathan et al., arXiv 2211.17192; transformers' assistant_model"),
+    "medusa": Method("Cai et al., arXiv 2401.10774", "medusa", MEDUSA_TREE),
+    "eagle1": Method("Li et al., arXiv 2401.15077", "eagle1", EAGLE1_TREE),
+    "eagle2": Method("Li et al., arXiv 2406.16858", "eagle1", EAGLE2_TREE),
+    "eagle3": Method("Li et al., arXiv 2503.01840", "eagle3", EAGLE3_TREE),
+    "adaspec": Method("Hu et al., arXiv 2510.19779", "eagle3", EAGLE3_TREE, "adaspec"),
+}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A baseline as it is asked for: `NAME[=WHAT][@TREE]`."""
+
+    name: str
+    what: str | None = None  # folder or id of the head or of the small model
+    tree: str | None = None  # instead of the paper's
+
+
+def parse_asks(words: Sequence[str]) -> list[Ask]:
+    """`all`, or names with what they need: `all medusa=DIR eagle2=DIR@auto`, in METHODS' order.
+
+    Words may be joined by commas. Raises UserError for unknown names and trees.
+    """
+    asked: dict[str, Ask] = {}
+    for word in [part for text in words for part in text.split(",") if part]:
+        whole, _, tree = word.partition("@")
+        name, _, what = whole.partition("=")
+        if tree:
+            parse_shape(tree)
+        if name not in (*METHODS, "all") or (name == "all" and word != "all"):
+            raise UserError(f"unknown baseline {word!r}; there are all, {', '.join(METHODS)}")
+        for one in METHODS if name == "all" else [name]:
+            if name != "all" or one not in asked:
+                asked[one] = Ask(one, what or None, tree or None)
+    return [asked[name] for name in METHODS if name in asked]
+
+
+@dataclass
+class Baselines:
+    """What was asked for: the arms that can be measured, and all of them described."""
+
+    arms: list[Arm] = field(default_factory=list)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def build_baselines(bench: Bench, asks: Sequence[Ask]) -> Baselines:
+    """An arm for each baseline that has what it needs; `facts` say of the others what they lack."""
+    made = Baselines()
+    for ask in asks:
+        facts: dict[str, Any] = {"paper": METHODS[ask.name].paper, "lacks": None}
+        made.facts[ask.name] = facts
+        try:
+            arm, more = _build(bench, ask)
+        except UserError as error:
+            facts["lacks"] = str(error)
+        else:
+            made.arms.append(arm)
+            facts |= more
+    return made
+
+
+def _build(bench: Bench, ask: Ask) -> tuple[Arm, dict[str, Any]]:
+    method = METHODS[ask.name]
+    if ask.name == "lookup":
+        how = {"prompt_lookup_num_tokens": LOOKUP}
+        return Arm(ask.name, f"copies of {LOOKUP}", partial(assisted, bench, how)), {}
+    if ask.name == "assisted":
+        small = _assistant(bench.target, ask.what)
+        how = {"assistant_model": small.model}
+        facts = {"assistant": small.name, "assistant_fingerprint": small.fingerprint}
+        return Arm(ask.name, small.name, partial(assisted, bench, how)), facts
+    choice = HeadChoice(local_folder(ask.what), "given") if ask.what else _find(bench, method)
+    head = load_head(choice.folder, bench.target, bench.allow_other_target)
+    if head.config.head != method.head:
+        raise UserError(f"{choice.folder} is a head of kind {head.config.head}, not {method.head}")
+    shape = parse_shape(ask.tree) if ask.tree else method.tree
+    label = ask.tree or _label(shape)
+    own = partial(decode, replace(bench, head=head), shape)
+    where = {"folder": shown(choice.folder), "chosen": choice.why}
+    where["sha256"] = sha256(weights_file(choice.folder))
+    return Arm(ask.name, label, own), {"head": where, "tree": label}
+
+
+def _label(shape: Shape | None) -> str:
+    """A shape in a few characters."""
+    if isinstance(shape, Static):
+        return f"static of {len(shape.parents) - 1}"
+    assert isinstance(shape, Dynamic)
+    return f"dynamic of {shape.nodes}"
+
+
+def _find(bench: Bench, method: Method) -> HeadChoice:
+    """The first of the known heads of the method's kind that was trained as the method says."""
+    for choice in known_heads(bench.target, stages=("head", "reference")):
+        notes = choice.folder / "train.json"
+        objective = read_json(notes).get("objective", {}) if notes.is_file() else {}
+        kind = read_json(choice.folder / "config.json").get("head")
+        if (kind, objective.get("select", "none")) == (method.head, method.select):
+            return choice
+    trained = "adaspec" if method.select == "adaspec" else "distillspec"
+    raise UserError(
+        f"a {method.head} head trained by {trained} for these weights: none under runs/ and none "
+        f"ships. Train one (scripts/train_head.py --head {method.head} --method {trained}) or name "
+        "one (NAME=DIR)"
+    )
+
+
+def _assistant(target: Target, name: str | None) -> Target:
+    """The small model of assisted generation; UserError where its tokenizer is another."""
+    if name is None:
+        raise UserError("a small model with the target's tokenizer: name one (assisted=NAME)")
+    small = Target.load(name, dtype=target.dtype, device=target.device)
+    if small.tokenizer.get_vocab() != target.tokenizer.get_vocab():
+        raise UserError(f"{name} has another tokenizer than {target.name}: name one with the same")
+    return small
+
+
+# ---- transformers' own ---------------------------------------------------------------------------
+
+
+@dataclass
+class Forwards:
+    """What was seen of a model's forwards: tokens that each took in, and when the first ended."""
+
+    sizes: list[int] = field(default_factory=list)
+    first_end: float | None = None
+
+    def prefill(self, start: float) -> float:
+        """Seconds from `start` to the end of the first forward; 0 where none was seen."""
+        return 0.0 if self.first_end is None else self.first_end - start
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[Forwards]:
+    """Inside the block the model's forwards are noted."""
+    seen = Forwards()
+
+    def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        seen.sizes.append(0 if ids is None else ids.shape[1])
+
+    def after(*_: Any) -> None:
+        if seen.first_end is None:
+            synchronize(next(model.parameters()).device)
+            seen.first_end = perf_counter()
+
+    hooks = [model.register_forward_pre_hook(before, with_kwargs=True)]
+    hooks.append(model.register_forward_hook(after))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Emitted(BaseStreamer):
+    """Notes how many tokens each forward of assisted decoding brought."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        """The prompt first, then the tokens of each forward."""
+        self.counts.append(value.numel())
+
+    def end(self) -> None:
+        """Nothing to do."""
+
+
+def by_row(answer: Callable[[Tensor], Answered], ids: Tensor, mask: Tensor) -> Answered:
+    """Rows `[B, T]` one at a time, without their padding, as one outcome."""
+    outcomes = [answer(row[keep.bool()][None]) for row, keep in zip(ids, mask, strict=True)]
+    stats = sum((one for _, one in outcomes), AcceptanceStats())
+    return [answers[0] for answers, _ in outcomes], stats
+
+
+def assisted(bench: Bench, how: dict[str, Any], ids: Tensor, mask: Tensor) -> Answered:
+    """transformers' assisted decoding, greedy; it takes no batches, so that rows go one by one."""
+    return by_row(partial(_assisted_row, bench, how), ids, mask)
+
+
+def _assisted_row(bench: Bench, how: dict[str, Any], ids: Tensor) -> Answered:
+    model, emitted = bench.target.model, Emitted()
+    with plain_greedy(bench.target), watched(model) as seen:
+        start = perf_counter()
+        sequence = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+            max_new_tokens=bench.max_new_tokens, streamer=emitted, **how,
+        )  # [1, T + new]  # fmt: skip
+    answer = trim(sequence[0, ids.shape[1] :].tolist(), set(bench.target.eos_token_ids))
+    came, drafted = emitted.counts[2:], [size - 1 for size in seen.sizes[1:]]
+    stats = count_rounds(came, len(answer), seen.prefill(start))
+    stats.tokens, stats.nodes = sum(came), sum(drafted)
+    stats.offered = [sum(n > d for n in drafted) for d in range(max(drafted, default=0))]
+    return [answer], stats
+
+
+def count_rounds(came: Sequence[int], new_tokens: int, prefill: float) -> AcceptanceStats:
+    """Counts of one answer of `new_tokens`, from what each target forward behind prefill brought.
+
+    Seconds but those of prefill are left to the caller's clock.
+    """
+    often = Counter(max(count - 1, 0) for count in came)
+    accepted = [often[n] for n in range(max(often, default=-1) + 1)]
+    after = max(new_tokens - 1, 0)
+    return AcceptanceStats(accepted, [], len(came), after, new_tokens, 0, {"prefill": prefill})
+
+
+# ---- a decoder from a file -----------------------------------------------------------------------
+
+
+def decoder_arm(bench: Bench, text: str) -> Arm:
+    """The arm of `path.py:name`, a function with Spec-Bench's signature.
+
+    `name(inputs, model, tokenizer, max_new_tokens) -> ids, new_tokens, steps, accept_lengths`, one
+    prompt a call: inputs has input_ids and attention_mask `[1, T]`, model is transformers' own, ids
+    are `[1, T + new]`, and accept_lengths says what each target forward behind prefill brought, the
+    target's own token included. Raises UserError where there is no such function.
+    """
+    name, forward = text.rpartition(":")[2], function_of(text)
+
+    def answer(ids: Tensor) -> Answered:
+        return _decoder_row(bench, text, forward, ids)
+
+    return Arm(name, "from a file", partial(by_row, answer))
+
+
+@torch.no_grad()
+def _decoder_row(bench: Bench, text: str, forward: Callable, ids: Tensor) -> Answered:
+    target, prompt = bench.target, ids[0].tolist()
+    inputs = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    with plain_greedy(target), watched(target.model) as seen:
+        start = perf_counter()
+        made = forward(inputs, target.model, target.tokenizer, bench.max_new_tokens)
+    if not isinstance(made, tuple) or len(made) != 4:
+        raise UserError(f"{text} gave {type(made).__name__}, not (ids, new, steps, accept_lengths)")
+    sequence, came = made[0][0].tolist(), [int(count) for count in made[3]]
+    if sequence[: len(prompt)] != prompt or len(sequence) == len(prompt):
+        raise UserError(f"{text}: its ids are not the prompt with an answer behind it")
+    answer = trim(sequence[len(prompt) :][: bench.max_new_tokens], set(target.eos_token_ids))
+    if sum(came) < len(answer) - 1:
+        raise UserError(
+            f"{text}: accept_lengths add up to {sum(came)}, but {len(answer)} tokens came; it has "
+            "an entry for each target forward behind prefill"
+        )
+    return [answer], count_rounds(came, len(answer), seen.prefill(start))
