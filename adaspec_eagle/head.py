@@ -348,6 +348,16 @@ def pass_through(fc: nn.Linear) -> None:
     fc.weight[:, -fc.out_features :] += torch.eye(fc.out_features, device=fc.weight.device)
 
 
+def count_columns(cache: Cache | None, hidden: Tensor) -> None:
+    """What a head without attention does with its cache: columns without content keep the count.
+
+    hidden `[B, N, H]`: what `forward` is given; cache None: nothing to do.
+    """
+    if cache is not None:
+        nothing = hidden.new_empty(hidden.shape[0], 1, hidden.shape[1], 0)
+        cache.update(nothing, nothing, 0)
+
+
 def built_in_heads() -> list[str]:
     """The names of the files in heads/."""
     package = importlib.import_module("adaspec_eagle.heads")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache
 
-from adaspec_eagle.head import DraftHead, HeadConfig, Target, Unrolled, UserError
+from adaspec_eagle.head import DraftHead, HeadConfig, Target, Unrolled, UserError, count_columns
 
 
 class Head(DraftHead):
@@ -60,9 +60,7 @@ class Head(DraftHead):
                 f"this medusa head has {self.deepest} blocks, so that it drafts {self.deepest} "
                 f"tokens deep; ask for a tree of that depth, or train it with --unroll {step + 1}"
             )
-        if cache is not None:  # no attention: columns without content keep the count
-            nothing = hidden.new_empty(hidden.shape[0], 1, hidden.shape[1], 0)
-            cache.update(nothing, nothing, 0)
+        count_columns(cache, hidden)
         feature = hidden[..., : self.config.hidden_size]
         return torch.cat([feature, feature + functional.silu(self.blocks[step](feature))], dim=-1)
 
