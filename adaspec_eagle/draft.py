@@ -26,7 +26,10 @@ RANK_RATES = (0.55, 0.14, 0.07, 0.045, 0.03, 0.02)
 
 @dataclass(frozen=True)
 class Static:
-    """A fixed tree: node n > 0 is the `ranks[n]`-th best child of `parents[n]` (EAGLE-1)."""
+    """A fixed tree: node n > 0 is the `ranks[n]`-th best child of `parents[n]`.
+
+    EAGLE-1 (arXiv 2401.15077) and Medusa (arXiv 2401.10774) draft such trees.
+    """
 
     parents: tuple[int, ...]  # [N], the root's is 0
     ranks: tuple[int, ...]  # [N], the root's is 0
@@ -49,7 +52,10 @@ class Static:
 
 @dataclass(frozen=True)
 class Dynamic:
-    """EAGLE-2: expand the `width` most probable nodes a level, verify the `nodes` best of all.
+    """Expand the `width` most probable nodes a level, verify the `nodes` best of all.
+
+    Li et al., "EAGLE-2: Faster Inference of Language Models with Dynamic Draft Trees", arXiv
+    2406.16858, section 4.
 
     The default is the fastest of four sizes on held-back training prompts of the default target on
     two CPU cores, where every further node costs (results/LOG.md); published GPU settings are 60

@@ -1,12 +1,15 @@
-"""The pages of docs/: their code runs as it stands."""
+"""The pages of docs/, whose code runs as it stands, and what is to be cited."""
 
+import ast
 import json
 import re
 import shlex
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from adaspec_eagle import generate, load_head
 from adaspec_eagle.targets import Target
@@ -15,7 +18,8 @@ from tests.records import answers_file
 from tests.test_eval_scripts import arguments, script, write_prompts
 from tests.tiny import tiny_target_folder
 
-PAGE = Path(__file__).parents[1] / "docs" / "add_your_method.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "add_your_method.md"
 BLOCK = re.compile(r"^```(python|bash) ?(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SMALL = ["--draft-vocab", "60", "--epochs", "1", "--evaluations", "1", "--batch-size", "6"]
 
@@ -53,7 +57,7 @@ def test_a_head_from_a_file_trains_loads_and_is_lossless(followed):
     ids = torch.randint(8, 97, (2, 7))
     found = generate(target, head, ids, max_new_tokens=24)
     assert found.answers == generate(target, None, ids, max_new_tokens=24).answers
-    (result,) = [json.loads((followed / f"made{n}" / "result.json").read_text()) for n in (1,)]
+    result = json.loads((followed / "made1" / "result.json").read_text())
     assert result["head"]["config"]["head"] == "my_head.py"
     assert all(arm["lossless"] for arm in result["arms"].values())
 
@@ -74,3 +78,39 @@ def test_a_decoder_from_a_file_stands_in_the_table_and_is_lossless(followed):
         "eagle3",
         "adaspec",
     }
+
+
+# ---- citations -----------------------------------------------------------------------------------
+
+PAPERS = {  # method -> arXiv id, and where its docstring is
+    "adaspec": ("2510.19779", "adaspec_eagle/selection.py"),
+    "distillspec": ("2310.08461", "adaspec_eagle/losses.py"),
+    "eagle": ("2401.15077", "heads/eagle1.py"),
+    "eagle2": ("2406.16858", "adaspec_eagle/draft.py"),
+    "eagle3": ("2503.01840", "heads/eagle3.py"),
+    "medusa": ("2401.10774", "heads/medusa.py"),
+}
+
+
+def test_the_citation_is_of_this_version_and_names_every_method():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert cited["version"] == setup["metadata"]["version"]
+    assert cited["license"] == setup["metadata"]["license"]
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    found = {one["url"].removeprefix("https://arxiv.org/abs/") for one in cited["references"]}
+    assert found == {number for number, _ in PAPERS.values()}
+
+
+@pytest.mark.parametrize("method", PAPERS)
+def test_a_methods_docstring_and_the_readme_name_its_paper(method):
+    number, file = PAPERS[method]
+    documented = [
+        ast.get_docstring(node) or ""
+        for node in ast.walk(ast.parse((ROOT / file).read_text()))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+    ]
+    assert any(number in text for text in documented)
+    assert f"@article{{{method}," in (ROOT / "README.md").read_text()
+    assert f"arXiv:{number}" in (ROOT / "README.md").read_text()
