@@ -144,11 +144,17 @@ def build_baselines(bench: Bench, asks: Sequence[Ask]) -> Baselines:
         try:
             arm, more = _build(bench, ask)
         except UserError as error:
-            facts["lacks"] = str(error)
+            facts["lacks"] = f"{_need(ask.name)}: {error}"
         else:
             made.arms.append(arm)
             facts |= more
     return made
+
+
+def _need(name: str) -> str:
+    """What a baseline cannot do without."""
+    kind = METHODS[name].head
+    return f"a head of kind {kind}" if kind else "a small model with the target's tokenizer"
 
 
 def _build(bench: Bench, ask: Ask) -> tuple[Arm, dict[str, Any]]:
@@ -164,7 +170,7 @@ def _build(bench: Bench, ask: Ask) -> tuple[Arm, dict[str, Any]]:
     choice = HeadChoice(local_folder(ask.what), "given") if ask.what else _find(bench, method)
     head = load_head(choice.folder, bench.target, bench.allow_other_target)
     if head.config.head != method.head:
-        raise UserError(f"{choice.folder} is a head of kind {head.config.head}, not {method.head}")
+        raise UserError(f"{choice.folder} is of kind {head.config.head}")
     shape = parse_shape(ask.tree) if ask.tree else method.tree
     label = ask.tree or _label(shape)
     own = partial(decode, replace(bench, head=head), shape)
@@ -191,19 +197,18 @@ def _find(bench: Bench, method: Method) -> HeadChoice:
             return choice
     trained = "adaspec" if method.select == "adaspec" else "distillspec"
     raise UserError(
-        f"a {method.head} head trained by {trained} for these weights: none under runs/ and none "
-        f"ships. Train one (scripts/train_head.py --head {method.head} --method {trained}) or name "
-        "one (NAME=DIR)"
+        f"none that {trained} trained for these weights is under runs/ or ships; train one "
+        f"(scripts/train_head.py --head {method.head} --method {trained}) or name one (NAME=DIR)"
     )
 
 
 def _assistant(target: Target, name: str | None) -> Target:
     """The small model of assisted generation; UserError where its tokenizer is another."""
     if name is None:
-        raise UserError("a small model with the target's tokenizer: name one (assisted=NAME)")
+        raise UserError("name one (assisted=NAME)")
     small = Target.load(name, dtype=target.dtype, device=target.device)
     if small.tokenizer.get_vocab() != target.tokenizer.get_vocab():
-        raise UserError(f"{name} has another tokenizer than {target.name}: name one with the same")
+        raise UserError(f"{name} has another")
     return small
 
 

@@ -27,10 +27,8 @@ Figures = dict[str, Any]
 
 def arms_table(result: Figures) -> Table:
     """One column an arm, one row a figure; square brackets hold 95 % intervals."""
-    arms, target = result["arms"], result["target"]
-    prompts = sum(source["prompts"] for source in result["prompts"])
-    title = f"{target['name']}, {target['dtype']}, {prompts} prompts [dim](95 % interval)[/dim]"
-    table = Table(title=title, title_justify="left")
+    arms = result["arms"]
+    table = Table(title=_title(result), title_justify="left")
     table.add_column("")
     for key, figures in arms.items():
         shape = "" if figures["shape"] in (None, key) else f"\n{figures['shape']}"
@@ -38,6 +36,11 @@ def arms_table(result: Figures) -> Table:
     for label, cell in arm_rows().items():
         table.add_row(label, *(cell(figures) for figures in arms.values()))
     return table
+
+
+def _title(result: Figures) -> str:
+    target, prompts = result["target"], sum(source["prompts"] for source in result["prompts"])
+    return f"{target['name']}, {target['dtype']}, {prompts} prompts [dim](95 % interval)[/dim]"
 
 
 def arm_rows() -> dict[str, Callable[[Figures], str]]:
@@ -93,16 +96,12 @@ def _list(values: list[float]) -> str:
     return " ".join(f"{value:.2f}".lstrip("0") for value in values) or "-"
 
 
-METHOD_COLUMNS = ["arm", "draft", "tokens/s", "over generate", "over loop", "tau"]
-METHOD_COLUMNS += ["verified a round", "equal to generate", "lossless"]
+METHOD_COLUMNS = ["arm", "draft", "tokens/s", "over generate", "over loop", "tau", "lossless"]
 
 
 def methods_table(result: Figures) -> Table:
     """One row an arm: what is compared of many methods; those that lack something say what."""
-    target = result["target"]
-    prompts = sum(source["prompts"] for source in result["prompts"])
-    title = f"{target['name']}, {target['dtype']}, {prompts} prompts [dim](95 % interval)[/dim]"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=_title(result), title_justify="left")
     for name in METHOD_COLUMNS:
         table.add_column(name, justify="left" if name in ("arm", "draft") else "right")
     for row in method_rows(result):
@@ -111,21 +110,25 @@ def methods_table(result: Figures) -> Table:
 
 
 def method_rows(result: Figures) -> list[list[str]]:
-    """Rows under METHOD_COLUMNS; the arms that were not measured come last."""
-    speeds = ("speedup_vs_generate", "speedup_vs_loop", "tau")
-    rows = [
-        [key, arm["shape"] or "-", ratio("tokens_per_s", 1)(arm)]
-        + [ratio(name)(arm) for name in speeds]
-        + [_verified(arm), f"{arm['matched']}/{arm['total']}", _lossless(arm)]
-        for key, arm in result["arms"].items()
+    """Rows under METHOD_COLUMNS: our arms and those from files, then the baselines in order."""
+    arms, baselines = result["arms"], result["baselines"]
+    keys = [key for key in arms if key not in baselines] + list(baselines)
+    return [
+        _method_row(key, arms[key]) if key in arms else _lacking_row(key, baselines[key]["lacks"])
+        for key in keys
     ]
-    lacking = {k: facts["lacks"] for k, facts in result["baselines"].items() if facts["lacks"]}
-    return rows + [[key, f"lacks {reason}"] + ["-"] * 7 for key, reason in lacking.items()]
 
 
-def _lossless(arm: Figures) -> str:
+def _method_row(key: str, arm: Figures) -> list[str]:
+    ratios = [ratio(name)(arm) for name in ("speedup_vs_generate", "speedup_vs_loop", "tau")]
     gap = f", gap {arm['gap']:.2g}" if arm["gap"] else ""
-    return ("yes" if arm["lossless"] else "NO") + gap
+    verdict = f"{'yes' if arm['lossless'] else 'NO'}, {arm['matched']}/{arm['total']}{gap}"
+    return [key, arm["shape"] or "-", f"{arm['tokens_per_s']:.1f}", *ratios, verdict]
+
+
+def _lacking_row(key: str, reason: str) -> list[str]:
+    """The reason in short; `baseline_lines` has all of it."""
+    return [key, f"lacks {reason.split(':')[0]}"] + ["-"] * (len(METHOD_COLUMNS) - 2)
 
 
 def baseline_lines(baselines: Figures) -> list[str]:
@@ -233,7 +236,9 @@ def _speed_panel(axes: Any, arms: dict[str, Figures]) -> None:
         axes.annotate(f"{speed:.1f}{note}", (place, top), (0, 4), textcoords="offset points",
                       ha="center", fontsize=9)  # fmt: skip
         tops.append(top)
-    axes.set_xticks(range(len(arms)), [_label(key, arm) for key, arm in arms.items()])
+    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(arms) > 5 else {}
+    labels = [_label(key, arm) for key, arm in arms.items()]
+    axes.set_xticks(range(len(arms)), labels, **slanted)
     axes.set_ylim(0, 1.22 * max(tops))
     axes.set_ylabel("tokens/s, end to end")
     axes.set_title("Speed (× over generate; whiskers: 95 % interval)", fontsize=10)

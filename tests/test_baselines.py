@@ -193,8 +193,8 @@ def test_what_is_not_there_is_named_and_nothing_stands_in_for_it(tmp_path, monke
     made = build_baselines(bench(target), asks)
     lacks = {name: facts["lacks"] for name, facts in made.facts.items()}
     assert [arm.key for arm in made.arms] == ["lookup"]
-    assert "another tokenizer" in lacks["assisted"]
-    assert "kind medusa, not eagle1" in lacks["eagle1"]
+    assert "other has another" in lacks["assisted"]
+    assert "kind eagle1: m is of kind medusa" in lacks["eagle1"]
     assert "does not exist" in lacks["eagle3"]
     assert "--head medusa --method distillspec" in lacks["medusa"]
     assert "--method adaspec" in lacks["adaspec"]
@@ -242,11 +242,11 @@ def test_all_methods_stand_in_one_table(tmp_path, monkeypatch, capsys, decoder):
     first = [next(iter(unit["arms"])) for unit in result["per_prompt"]]
     assert first == ["generate", "loop", "chain"]
     out = capsys.readouterr().out
-    assert "medusa: not measured, it lacks" in out
+    assert "medusa: not measured, it lacks a head of kind medusa: none that" in out
     assert (tmp_path / "made" / "speedup.png").read_bytes().startswith(b"\x89PNG")
     tables = script("tables")
     text = tables.section(tmp_path, "made/methods")
-    assert "| medusa | lacks a medusa head" in text
+    assert "| medusa | lacks a head of kind medusa |" in text
     assert "arXiv 2401.15077" in text
 
 
