@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding
 from transformers.generation.streamers import BaseStreamer
 
-from adaspec_eagle.bench import Bench, HeadChoice, known_heads
+from adaspec_eagle.bench import Bench, known_heads
 from adaspec_eagle.draft import Dynamic, Shape, Static, parse_shape, static_paths
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import load_head
@@ -167,16 +168,22 @@ def _build(bench: Bench, ask: Ask) -> tuple[Arm, dict[str, Any]]:
         how = {"assistant_model": small.model}
         facts = {"assistant": small.name, "assistant_fingerprint": small.fingerprint}
         return Arm(ask.name, small.name, partial(assisted, bench, how)), facts
-    choice = HeadChoice(local_folder(ask.what), "given") if ask.what else _find(bench, method)
-    head = load_head(choice.folder, bench.target, bench.allow_other_target)
+    folder = local_folder(ask.what) if ask.what else _find(bench, method)
+    head = load_head(folder, bench.target, bench.allow_other_target)
     if head.config.head != method.head:
-        raise UserError(f"{choice.folder} is of kind {head.config.head}")
+        raise UserError(f"{folder} is of kind {head.config.head}")
     shape = parse_shape(ask.tree) if ask.tree else method.tree
     label = ask.tree or _label(shape)
     own = partial(decode, replace(bench, head=head), shape)
-    where = {"folder": shown(choice.folder), "chosen": choice.why}
-    where["sha256"] = sha256(weights_file(choice.folder))
-    return Arm(ask.name, label, own), {"head": where, "tree": label}
+    facts = {"folder": shown(folder), "sha256": sha256(weights_file(folder))}
+    return Arm(ask.name, label, own), {"head": facts | _objective(folder), "tree": label}
+
+
+def _objective(folder: Path) -> dict[str, str]:
+    """Loss and selection by which a head was trained, as far as its train.json says."""
+    notes = folder / "train.json"
+    found = read_json(notes).get("objective", {}) if notes.is_file() else {}
+    return {name: str(found[name]) for name in ("loss", "select") if name in found}
 
 
 def _label(shape: Shape | None) -> str:
@@ -187,14 +194,13 @@ def _label(shape: Shape | None) -> str:
     return f"dynamic of {shape.nodes}"
 
 
-def _find(bench: Bench, method: Method) -> HeadChoice:
+def _find(bench: Bench, method: Method) -> Path:
     """The first of the known heads of the method's kind that was trained as the method says."""
     for choice in known_heads(bench.target, stages=("head", "reference")):
-        notes = choice.folder / "train.json"
-        objective = read_json(notes).get("objective", {}) if notes.is_file() else {}
         kind = read_json(choice.folder / "config.json").get("head")
-        if (kind, objective.get("select", "none")) == (method.head, method.select):
-            return choice
+        select = _objective(choice.folder).get("select", "none")
+        if (kind, select) == (method.head, method.select):
+            return choice.folder
     trained = "adaspec" if method.select == "adaspec" else "distillspec"
     raise UserError(
         f"none that {trained} trained for these weights is under runs/ or ships; train one "

@@ -135,9 +135,11 @@ def baseline_lines(baselines: Figures) -> list[str]:
     """A line for each baseline: its paper and head, or what it lacks."""
     lines = []
     for name, facts in baselines.items():
-        head = f"; head {facts['head']['folder']}" if facts.get("head") else ""
-        state = f"not measured, it lacks {facts['lacks']}" if facts["lacks"] else facts["paper"]
-        lines.append(f"{name}: {state}{head}")
+        line = f"not measured, it lacks {facts['lacks']}" if facts["lacks"] else facts["paper"]
+        if head := facts.get("head"):
+            select = f" (selection {head['select']})" if "select" in head else ""
+            line += f"; head {head['folder']}{select}"
+        lines.append(f"{name}: {line}")
     return lines
 
 
