@@ -19,14 +19,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from adaspec_eagle import plots
-from adaspec_eagle.baselines import (
-    DEFINITIONS,
-    METHODS,
-    build_baselines,
-    decoder_arm,
-    parse_asks,
-)
+from adaspec_eagle import baselines, foreign, plots
+from adaspec_eagle.baselines import METHODS, build_baselines, parse_asks
 from adaspec_eagle.bench import add_arguments, add_draft_arguments, draft_shapes, open_bench
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.figures import speedup_result, without_prompts
@@ -76,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in plots.baseline_lines(others.facts):
         console.print(line, markup=False, soft_wrap=True)
     arms = build_arms(bench, draft_shapes(args.tree, args.chain)) + others.arms
-    arms += [decoder_arm(bench, text) for text in args.arm]
+    arms += [foreign.decoder_arm(bench, text) for text in args.arm]
     check_keys([arm.key for arm in arms])
     units = run_arms(bench, arms, "measuring")
     result = speedup_result(bench, args, arms, units) | {"baselines": others.facts}
-    result["definitions"] = result["definitions"] | DEFINITIONS
+    result["definitions"] = result["definitions"] | baselines.DEFINITIONS | foreign.DEFINITIONS
     for key, arm in result["arms"].items():
         arm |= agreement(bench.target, units, key)
     show(console, result)

@@ -14,14 +14,12 @@ from adaspec_eagle.baselines import (
     MEDUSA_TREE,
     METHODS,
     Ask,
-    assisted,
     build_baselines,
-    count_rounds,
-    decoder_arm,
     parse_asks,
 )
 from adaspec_eagle.bench import Bench, HeadChoice
 from adaspec_eagle.errors import UserError
+from adaspec_eagle.foreign import assisted, count_rounds, decoder_arm
 from tests.test_eval_scripts import arguments, script, tokens, write_prompts
 from tests.tiny import tiny_head, tiny_target, tiny_target_folder
 

@@ -71,6 +71,9 @@ def test_a_draft_is_as_deep_as_there_are_heads():
     head = tiny_head(target, "medusa", steps=2)
     ids = torch.randint(8, 97, (1, 6))
     for tree in ("auto", Dynamic(nodes=30, depth=5, width=4)):
-        assert generate(target, head, ids, tree=tree, max_new_tokens=12).stats.depth <= 2
+        for blocks in (1, 2):
+            shallow = tiny_head(target, "medusa", steps=blocks)
+            found = generate(target, shallow, ids, tree=tree, max_new_tokens=12)
+            assert found.stats.depth <= blocks
     with pytest.raises(UserError, match="2 blocks"):
         generate(target, head, ids, tree=chain(3), max_new_tokens=12)
