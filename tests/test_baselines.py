@@ -20,6 +20,7 @@ from adaspec_eagle.baselines import (
 from adaspec_eagle.bench import Bench, HeadChoice
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.foreign import assisted, count_rounds, decoder_arm
+from adaspec_eagle.head import HeadConfig, new_head
 from tests.test_eval_scripts import arguments, script, tokens, write_prompts
 from tests.tiny import tiny_head, tiny_target, tiny_target_folder
 
@@ -251,3 +252,19 @@ def test_all_methods_stand_in_one_table(tmp_path, monkeypatch, capsys, decoder):
 def test_two_arms_of_one_name_are_refused(decoder):
     with pytest.raises(UserError, match="'tree'"):
         script("speedup").check_keys(["generate", "tree", "tree"])
+
+
+@pytest.mark.slow
+def test_arms_are_lossless_on_the_real_target(real_target):
+    """Copies, and a fresh Medusa head, which drafts the target's next token at every depth."""
+    head = new_head(HeadConfig.for_target("medusa", real_target, real_target.vocab_size))
+    head.start_from(real_target)
+    head.eval().bind(real_target)
+    text = "Repeat after me: one two three four, one two three four."
+    ids = torch.tensor([real_target.chat_ids([{"role": "user", "content": text}])])
+    wanted = generate(real_target, None, ids, max_new_tokens=24).answers
+    made = bench(real_target, 24)
+    answers, stats = assisted(made, {"prompt_lookup_num_tokens": 10}, ids, torch.ones_like(ids))
+    assert answers == wanted
+    assert stats.accepted_tokens > 0
+    assert generate(real_target, head, ids, tree=MEDUSA_TREE, max_new_tokens=24).answers == wanted
