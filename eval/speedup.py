@@ -29,7 +29,7 @@ from adaspec_eagle.record import one_line, write_json
 from adaspec_eagle.rescore import agreement
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
-SIDE_BY_SIDE = 5  # arms that a table has room for as columns
+SIDE_BY_SIDE = 6  # arms that a table has room for as columns
 WIDTH = 120  # columns of a table that does not go to a terminal
 
 
