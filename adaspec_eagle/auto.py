@@ -92,11 +92,12 @@ def _time_draft(head: DraftHead, rows: int, width: int) -> float:
     hidden = head(head.fuse(features), tokens, positions, None, cache, 0)[:, :width]
     cache.commit_prefix(torch.full((rows,), HISTORY, device=weight.device), HISTORY)
     mask = _chain_mask(cache, rows, width, weight.dtype)
+    step = 0 if head.deepest == 1 else 1
     tokens, positions = tokens[:, :width], torch.full_like(tokens[:, :width], HISTORY)
 
     def level() -> None:
         with packing(head).active():
-            out = head.logits(head(hidden, tokens, positions, mask, cache, 1))
+            out = head.logits(head(hidden, tokens, positions, mask, cache, step))
         out.float().topk(min(width, out.shape[-1]), dim=-1)
         cache.rollback()
 

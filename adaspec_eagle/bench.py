@@ -164,16 +164,22 @@ def open_bench(
     return Bench(target, head, choice, sources, *sizes, args.allow_other_target, seed=args.seed)
 
 
+def known_heads(
+    target: Target, runs: Path = Path("runs"), stages: Sequence[str] = ("head",)
+) -> list[HeadChoice]:
+    """Heads for these weights: `runs/*/STAGE`, the newest first, then those that ship."""
+    trained = [c for stage in stages for c in runs.glob(f"*/{stage}/config.json")]
+    trained.sort(key=lambda config: config.stat().st_mtime, reverse=True)
+    shipped = Path(str(package_files("adaspec_eagle.heads"))) / "pretrained"
+    why = dict.fromkeys(trained, f"the newest under {runs}/ for this target")
+    why |= dict.fromkeys(sorted(shipped.glob("*/config.json")), "shipped with the package")
+    return [HeadChoice(c.parent, reason) for c, reason in why.items() if _fits(c, target)]
+
+
 def find_head(target: Target, runs: Path = Path("runs")) -> HeadChoice:
     """The newest `runs/*/head` trained for these weights, else the shipped head for them."""
-    trained = [c for c in runs.glob("*/head/config.json") if _fits(c, target)]
-    if trained:
-        newest = max(trained, key=lambda config: config.stat().st_mtime)
-        return HeadChoice(newest.parent, f"the newest under {runs}/ for this target")
-    shipped = Path(str(package_files("adaspec_eagle.heads"))) / "pretrained"
-    for config in sorted(shipped.glob("*/config.json")):
-        if _fits(config, target):
-            return HeadChoice(config.parent, "shipped with the package")
+    if found := known_heads(target, runs):
+        return found[0]
     raise UserError(
         f"no draft head for target {target.name!r} (weights {target.fingerprint}): none under "
         f"{runs}/*/head and none ships. Train one (python scripts/train_head.py --target "

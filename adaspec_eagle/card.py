@@ -17,6 +17,8 @@ from adaspec_eagle.targets import DEFAULT_TARGET
 Fields = dict[str, Any]
 Record = dict[str, Any]
 
+NAMES = {"eagle1": "EAGLE-1", "eagle3": "EAGLE-3", "medusa": "Medusa"}
+
 DEFINITIONS = """\
 **tau** (acceptance length): tokens emitted after the first, which prefill gives, trimmed at the end
 token, divided by the rounds of drafting and verification; the target's own token counts, so that
@@ -42,7 +44,7 @@ def model_card(
     """
     target = hub_id(fields["target"])
     own = fields["train_output"] or fields.get("lm")
-    name = {"eagle1": "EAGLE-1", "eagle3": "EAGLE-3"}.get(fields["head"], fields["head"])
+    name = NAMES.get(fields["head"], fields["head"])
     base = f"base_model: {target}\n" if target.count("/") == 1 else ""
     return f"""\
 ---

@@ -26,7 +26,10 @@ RANK_RATES = (0.55, 0.14, 0.07, 0.045, 0.03, 0.02)
 
 @dataclass(frozen=True)
 class Static:
-    """A fixed tree: node n > 0 is the `ranks[n]`-th best child of `parents[n]` (EAGLE-1)."""
+    """A fixed tree: node n > 0 is the `ranks[n]`-th best child of `parents[n]`.
+
+    EAGLE-1 (arXiv 2401.15077) and Medusa (arXiv 2401.10774) draft such trees.
+    """
 
     parents: tuple[int, ...]  # [N], the root's is 0
     ranks: tuple[int, ...]  # [N], the root's is 0
@@ -49,7 +52,10 @@ class Static:
 
 @dataclass(frozen=True)
 class Dynamic:
-    """EAGLE-2: expand the `width` most probable nodes a level, verify the `nodes` best of all.
+    """Expand the `width` most probable nodes a level, verify the `nodes` best of all.
+
+    Li et al., "EAGLE-2: Faster Inference of Language Models with Dynamic Draft Trees", arXiv
+    2406.16858, section 4.
 
     The default is the fastest of four sizes on held-back training prompts of the default target on
     two CPU cores, where every further node costs (results/LOG.md); published GPU settings are 60
@@ -113,10 +119,15 @@ def static_tree(nodes: int = 8, rates: tuple[float, ...] = RANK_RATES) -> Static
         if path[-1] + 1 < len(rates):
             sibling = chance / rates[path[-1]] * rates[path[-1] + 1]
             heapq.heappush(heap, (sibling, depth, (*path[:-1], path[-1] + 1)))
-    paths = sorted((path for _, _, path in found), key=lambda p: (len(p), p))
-    index = {(): 0} | {path: n for n, path in enumerate(paths, 1)}
-    parents = (0, *(index[path[:-1]] for path in paths))
-    return Static(parents, (0, *(path[-1] for path in paths)))
+    return static_paths([path for _, _, path in found])
+
+
+def static_paths(paths: Sequence[tuple[int, ...]]) -> Static:
+    """The tree with a node for each path of ranks from the root; a path's beginnings are in it."""
+    ordered = sorted(paths, key=lambda p: (len(p), p))
+    index = {(): 0} | {path: n for n, path in enumerate(ordered, 1)}
+    parents = (0, *(index[path[:-1]] for path in ordered))
+    return Static(parents, (0, *(path[-1] for path in ordered)))
 
 
 def parse_shape(tree: str | Shape) -> Shape:
@@ -157,8 +168,8 @@ class Plan:
     depths: Tensor  # [N]
 
 
-def make_plan(shape: Static, device: torch.device) -> Plan:
-    """The levels of a static shape."""
+def make_plan(shape: Static, device: torch.device, reads_tokens: bool = True) -> Plan:
+    """The levels of a static shape; of a head that reads no tokens one node stands for a level."""
 
     def on_device(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -166,9 +177,10 @@ def make_plan(shape: Static, device: torch.device) -> Plan:
     depths, inner, levels = shape.depths, [0], []
     for depth in range(1, shape.depth + 1):
         nodes = [n for n, d in enumerate(depths) if d == depth]
-        place = {n: inner.index(shape.parents[n]) for n in nodes}
+        place = {n: inner.index(shape.parents[n]) if reads_tokens else 0 for n in nodes}
         ranks = [shape.ranks[n] for n in nodes]
         inner = [n for n in nodes if n in shape.parents[1:]]
+        inner = inner if reads_tokens else inner[:1]
         levels.append(
             Level(
                 nodes=on_device(nodes),
@@ -239,7 +251,8 @@ class Drafter:
             assert sampler is not None
             tree, drafts = self._grow_sampled(self.shape, sampler)
         else:
-            self.plan = self.plan or make_plan(self.shape, self.hidden.device)
+            reads = self.head.reads_tokens
+            self.plan = self.plan or make_plan(self.shape, self.hidden.device, reads)
             tree = self._grow_static(self.plan, scored)
         tree.tokens[:, 0] = root
         self.cache.rollback()
@@ -326,7 +339,7 @@ class Drafter:
         index = torch.arange(width, device=device).expand(b, -1)  # the beam among the candidates
         tokens, scores, parents = [token], [score], [torch.full_like(token, -1)]
         seen = torch.zeros(b, width, 0, dtype=torch.bool, device=device)
-        for depth in range(1, shape.depth):
+        for depth in range(1, min(shape.depth, self.head.deepest or shape.depth)):
             if self.planner and not self.planner.deeper(depth, score):
                 break
             seen = _with_itself(seen)
@@ -347,6 +360,7 @@ class Drafter:
         levels = torch.cat([torch.full((n,), d) for d, n in enumerate(sizes, 1)]).to(device)
         ranked = torch.cat(scores, 1) - 1e-4 * levels  # a child stays strictly below its parent
         nodes = self.planner.nodes(ranked, levels) if self.planner else shape.nodes
+        nodes = min(nodes, len(levels))
         tree = select_nodes(torch.cat(tokens, 1), torch.cat(parents, 1), ranked, nodes)
         if self.planner:
             values, chosen = ranked.topk(nodes, dim=1)

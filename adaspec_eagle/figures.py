@@ -216,8 +216,8 @@ def measured_figures(bench: Bench, arms: Sequence[Arm], units: Sequence[Unit]) -
 
 
 def efficiency(arm: dict[str, Any], costs: Costs) -> float | None:
-    """What drafting leaves of the speed-up that an arm's tau promises; None without a draft."""
-    if not arm["shape"] or not arm["rounds"] or arm["decode_speedup_vs_loop"] is None:
+    """What drafting leaves of the speed-up that an arm's tau promises; None without drafts."""
+    if not arm["nodes"] or not arm["rounds"] or arm["decode_speedup_vs_loop"] is None:
         return None
     verified = 1 + arm["nodes"] / arm["rounds"]
     promised = arm["tau"] * costs.of_target(1) / costs.of_target(verified)

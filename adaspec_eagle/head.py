@@ -56,6 +56,7 @@ class HeadConfig:
     output_bias: bool = False  # whether the target's output layer has a bias, which is borrowed
     train_output: bool = False  # output rows of the head's own instead of the target's
     lm: dict[str, Any] | None = None  # what heads/lm.py must know of its model
+    steps: int = 4  # depths, of a head with weights for each (Medusa)
     # What published heads may have; heads that are trained here have none of it.
     fc_bias: bool = False
     attention_bias: bool = False  # of the q, k, v and o projections
@@ -133,6 +134,7 @@ class DraftHead(nn.Module):
     default_draft_vocab: ClassVar[int | None] = 8192  # None: the target's whole vocabulary
     cached_layers: int = 1  # layers that keep keys and values
     leading: ClassVar[int] = 0  # columns of the cache before that of the first pair
+    reads_tokens: ClassVar[bool] = True  # False: drafts depend on the feature alone (Medusa)
 
     embed_rows: Tensor  # [V, H]
     output_rows: Tensor  # [Vd, H], unless train_output
@@ -162,7 +164,11 @@ class DraftHead(nn.Module):
         raise NotImplementedError
 
     def fuse(self, features: Tensor) -> Tensor:
-        """The target's features `[B, N, F * H]` -> what `forward` takes as hidden `[B, N, H]`."""
+        """The target's features `[B, N, F * H]` -> what `forward` takes as hidden `[B, N, H]`.
+
+        A head that hands more from step to step than a hidden state has wider ones, here and in
+        `forward` alike; `readout` then narrows them.
+        """
         raise NotImplementedError
 
     def forward(
@@ -191,6 +197,11 @@ class DraftHead(nn.Module):
         following = tokens[:, 1:]
         positions = torch.arange(following.shape[1], device=tokens.device).expand_as(following)
         return self(self.fuse(features), following, positions, None, cache, 0)
+
+    @property
+    def deepest(self) -> int | None:
+        """How many tokens deep the head can draft; None without a limit."""
+        return None
 
     def readout(self, hidden: Tensor) -> Tensor:
         """What stands between `forward`'s hidden states and the output rows; nothing, here."""
@@ -359,6 +370,16 @@ def pass_through(fc: nn.Linear) -> None:
     """Let a fusing layer begin close to the identity on the last of its inputs."""
     fc.weight.mul_(0.1)
     fc.weight[:, -fc.out_features :] += torch.eye(fc.out_features, device=fc.weight.device)
+
+
+def count_columns(cache: Cache | None, hidden: Tensor) -> None:
+    """What a head without attention does with its cache: columns without content keep the count.
+
+    hidden `[B, N, H]`: what `forward` is given; cache None: nothing to do.
+    """
+    if cache is not None:
+        nothing = hidden.new_empty(hidden.shape[0], 1, hidden.shape[1], 0)
+        cache.update(nothing, nothing, 0)
 
 
 def built_in_heads() -> list[str]:

@@ -24,6 +24,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from adaspec_eagle import targets
 from adaspec_eagle.bench import Bench, Prompt, next_turn
+from adaspec_eagle.draft import Shape
 from adaspec_eagle.errors import explain_out_of_memory
 from adaspec_eagle.generate import generate
 from adaspec_eagle.stats import AcceptanceStats
@@ -79,7 +80,7 @@ def build_arms(bench: Bench, shapes: dict[str, str]) -> list[Arm]:
 
 
 def decode(
-    bench: Bench, shape: str | None, ids: Tensor, mask: Tensor
+    bench: Bench, shape: str | Shape | None, ids: Tensor, mask: Tensor
 ) -> tuple[list[list[int]], AcceptanceStats]:
     """This package's decoding, ids and mask `[B, T]`; shape None: without a draft."""
     made = generate(

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from adaspec_eagle.record import with_interval, write_bytes
 
-COLORS = {
+COLORS = {  # of arms; others take OTHERS in turn
     "generate": "#8a8f98",
     "loop": "#b9bec6",
     "chain": "#3b7dd8",
@@ -18,6 +18,7 @@ COLORS = {
     "dynamic": "#7a4fbf",
     "static": "#2f9e6e",
 }
+OTHERS = ("#c2a02b", "#7a8f2f", "#2f9e6e", "#1f8fa3", "#5b5fc7", "#a14fa8", "#c23b5e", "#7d5a3c")
 Figures = dict[str, Any]
 
 
@@ -26,10 +27,8 @@ Figures = dict[str, Any]
 
 def arms_table(result: Figures) -> Table:
     """One column an arm, one row a figure; square brackets hold 95 % intervals."""
-    arms, target = result["arms"], result["target"]
-    prompts = sum(source["prompts"] for source in result["prompts"])
-    title = f"{target['name']}, {target['dtype']}, {prompts} prompts [dim](95 % interval)[/dim]"
-    table = Table(title=title, title_justify="left")
+    arms = result["arms"]
+    table = Table(title=_title(result), title_justify="left")
     table.add_column("")
     for key, figures in arms.items():
         shape = "" if figures["shape"] in (None, key) else f"\n{figures['shape']}"
@@ -37,6 +36,11 @@ def arms_table(result: Figures) -> Table:
     for label, cell in arm_rows().items():
         table.add_row(label, *(cell(figures) for figures in arms.values()))
     return table
+
+
+def _title(result: Figures) -> str:
+    target, prompts = result["target"], sum(source["prompts"] for source in result["prompts"])
+    return f"{target['name']}, {target['dtype']}, {prompts} prompts [dim](95 % interval)[/dim]"
 
 
 def arm_rows() -> dict[str, Callable[[Figures], str]]:
@@ -79,7 +83,7 @@ def seconds(part: str) -> Callable[[Figures], str]:
 
 
 def _verified(arm: Figures) -> str:
-    return f"{1 + arm['nodes'] / arm['rounds']:.1f}" if arm["shape"] and arm["rounds"] else "-"
+    return f"{1 + arm['nodes'] / arm['rounds']:.1f}" if arm["nodes"] and arm["rounds"] else "-"
 
 
 def _rest(arm: Figures) -> str:
@@ -90,6 +94,53 @@ def _rest(arm: Figures) -> str:
 
 def _list(values: list[float]) -> str:
     return " ".join(f"{value:.2f}".lstrip("0") for value in values) or "-"
+
+
+METHOD_COLUMNS = ["arm", "draft", "tokens/s", "over generate", "over loop", "tau", "lossless"]
+
+
+def methods_table(result: Figures) -> Table:
+    """One row an arm: what is compared of many methods; those that lack something say what."""
+    table = Table(title=_title(result), title_justify="left")
+    for name in METHOD_COLUMNS:
+        table.add_column(name, justify="left" if name in ("arm", "draft") else "right")
+    for row in method_rows(result):
+        table.add_row(*row)
+    return table
+
+
+def method_rows(result: Figures) -> list[list[str]]:
+    """Rows under METHOD_COLUMNS: our arms and those from files, then the baselines in order."""
+    arms, baselines = result["arms"], result["baselines"]
+    keys = [key for key in arms if key not in baselines] + list(baselines)
+    return [
+        _method_row(key, arms[key]) if key in arms else _lacking_row(key, baselines[key]["lacks"])
+        for key in keys
+    ]
+
+
+def _method_row(key: str, arm: Figures) -> list[str]:
+    ratios = [ratio(name)(arm) for name in ("speedup_vs_generate", "speedup_vs_loop", "tau")]
+    gap = f", gap {arm['gap']:.2g}" if arm["gap"] else ""
+    verdict = f"{'yes' if arm['lossless'] else 'NO'}, {arm['matched']}/{arm['total']}{gap}"
+    return [key, arm["shape"] or "-", f"{arm['tokens_per_s']:.1f}", *ratios, verdict]
+
+
+def _lacking_row(key: str, reason: str) -> list[str]:
+    """The reason in short; `baseline_lines` has all of it."""
+    return [key, f"lacks {reason.split(':')[0]}"] + ["-"] * (len(METHOD_COLUMNS) - 2)
+
+
+def baseline_lines(baselines: Figures) -> list[str]:
+    """A line for each baseline: its paper and head, or what it lacks."""
+    lines = []
+    for name, facts in baselines.items():
+        line = f"not measured, it lacks {facts['lacks']}" if facts["lacks"] else facts["paper"]
+        if head := facts.get("head"):
+            select = f" (selection {head['select']})" if "select" in head else ""
+            line += f"; head {head['folder']}{select}"
+        lines.append(f"{name}: {line}")
+    return lines
 
 
 def files_table(result: Figures) -> Table:
@@ -130,8 +181,9 @@ def speedup_png(result: Figures, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 4.0), layout="constrained", dpi=150)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    extra = max(len(result["arms"]) - 4, 0)
+    figure = Figure(figsize=(9.6 + extra, 4.0 + extra / 5), layout="constrained", dpi=150)
+    left, right = figure.subplots(1, 2, width_ratios=(1 + extra / 5, 1.15))
     _speed_panel(left, result["arms"])
     _acceptance_panel(right, result["arms"])
     target = result["target"]
@@ -178,7 +230,7 @@ def _speed_panel(axes: Any, arms: dict[str, Figures]) -> None:
     tops = []
     for place, (key, arm) in enumerate(arms.items()):
         speed, (low, high) = arm["tokens_per_s"], arm["tokens_per_s_ci95"]
-        axes.bar(place, speed, color=COLORS[key], width=0.65)
+        axes.bar(place, speed, color=_color(key, arms), width=0.65)
         spread = [[max(speed - low, 0.0)], [max(high - speed, 0.0)]]
         axes.errorbar(place, speed, yerr=spread, color="black", capsize=4, linewidth=1)
         note = f"\n{arm['speedup_vs_generate']:.2f} ×" if arm["shape"] else ""
@@ -186,7 +238,9 @@ def _speed_panel(axes: Any, arms: dict[str, Figures]) -> None:
         axes.annotate(f"{speed:.1f}{note}", (place, top), (0, 4), textcoords="offset points",
                       ha="center", fontsize=9)  # fmt: skip
         tops.append(top)
-    axes.set_xticks(range(len(arms)), [_label(key, arm) for key, arm in arms.items()])
+    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(arms) > 5 else {}
+    labels = [_label(key, arm) for key, arm in arms.items()]
+    axes.set_xticks(range(len(arms)), labels, **slanted)
     axes.set_ylim(0, 1.22 * max(tops))
     axes.set_ylabel("tokens/s, end to end")
     axes.set_title("Speed (× over generate; whiskers: 95 % interval)", fontsize=10)
@@ -201,10 +255,10 @@ def _acceptance_panel(axes: Any, arms: dict[str, Figures]) -> None:
         if not shares:
             continue
         depths = range(1, len(shares) + 1)
-        bounds = arm["acceptance_by_depth_ci95"]
-        axes.fill_between(depths, *zip(*bounds, strict=True), color=COLORS[key], alpha=0.15, lw=0)
+        bounds, color = arm["acceptance_by_depth_ci95"], _color(key, arms)
+        axes.fill_between(depths, *zip(*bounds, strict=True), color=color, alpha=0.15, lw=0)
         label = f"{_label(key, arm).replace(chr(10), ' ')}, tau {arm['tau']:.2f}"
-        axes.plot(depths, shares, "o-", color=COLORS[key], label=label, markersize=4)
+        axes.plot(depths, shares, "o-", color=color, label=label, markersize=4)
         deepest = max(deepest, len(shares))
     axes.set_xticks(range(1, deepest + 1))
     axes.set_ylim(0, 1)
@@ -213,6 +267,12 @@ def _acceptance_panel(axes: Any, arms: dict[str, Figures]) -> None:
     axes.set_title("Rounds that accepted d or more draft tokens", fontsize=10)
     axes.legend(frameon=False)
     _bare(axes)
+
+
+def _color(key: str, arms: dict[str, Figures]) -> str:
+    """An arm's own colour, or the next of OTHERS."""
+    others = [name for name in arms if name not in COLORS]
+    return COLORS[key] if key in COLORS else OTHERS[others.index(key) % len(OTHERS)]
 
 
 def _label(key: str, arm: Figures) -> str:

@@ -7,6 +7,7 @@ the target one token at a time, must lie within a margin of the largest logit.
 Legend: V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import DynamicCache
 
 from adaspec_eagle.bench import Bench, Prompt
 from adaspec_eagle.errors import explain_out_of_memory
-from adaspec_eagle.measure import decode, greedy_baseline, left_padded
+from adaspec_eagle.measure import Unit, decode, greedy_baseline, left_padded
 from adaspec_eagle.targets import Target
 
 TIE = 1e-4  # float32: top-two logits closer than this are a tie that rounding decides
@@ -135,3 +136,25 @@ def token_gaps(target: Target, prompt: list[int], answer: list[int]) -> list[flo
         gaps.append((logits.max() - logits[token]).item())
         new = [token]
     return gaps
+
+
+def agreement(target: Target, units: Sequence[Unit], key: str) -> dict[str, Any]:
+    """Whether an arm's answers are those of arm `generate`, judged where they first differ.
+
+    `lossless`, `gap` (the greatest) and `differences`; what follows a first difference is not
+    looked at: `compare` rescores whole answers.
+    """
+    found = [
+        difference(target, prompt, wanted, answer)
+        for unit in units
+        for prompt, wanted, answer in zip(
+            unit.prompts, unit.outcomes["generate"].answers, unit.outcomes[key].answers, strict=True
+        )
+        if wanted != answer
+    ]
+    if target.dtype in HALF:
+        fine = all(one.gap <= MARGIN for one in found)
+    else:
+        fine = all(target.dtype == torch.float32 and one.tie for one in found)
+    gap = max((one.gap for one in found), default=0.0)
+    return {"lossless": fine, "gap": gap, "differences": [asdict(one) for one in found]}

@@ -80,9 +80,12 @@ def trace_arms(bench: Bench, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
     """
     prompt = bench.sources[0].prompts[0]
     heads = {arm.key: arm.decode for arm in arms if arm.shape and isinstance(arm.decode, partial)}
-    return {
-        key: trace(*how.args, prompt) for key, how in heads.items() if how.func is measure.decode
-    }
+    found = {}
+    for key, how in heads.items():
+        if how.func is measure.decode:
+            of, shape = how.args
+            found[key] = trace(of, shape, prompt)
+    return found
 
 
 def trace(bench: Bench, shape: str | Shape, prompt: Prompt) -> dict[str, Any]:

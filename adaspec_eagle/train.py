@@ -182,7 +182,11 @@ def run_training(
     config.draft_vocab = config.draft_vocab or kind.default_draft_vocab or target.vocab_size
     given = _given_heads(config, target)
     sizes = HeadConfig.for_target(
-        config.head, target, config.draft_vocab, train_output=config.train_output
+        config.head,
+        target,
+        config.draft_vocab,
+        train_output=config.train_output,
+        steps=config.unroll,
     )
     data = _prepare(config, out, workshop, given)
     sizes = replace(sizes, draft_vocab_size=len(data.vocab))

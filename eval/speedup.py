@@ -3,10 +3,13 @@
     python eval/speedup.py --tree                          default target, newest or shipped head
     python eval/speedup.py --tree --prompts a.jsonl b.jsonl --out results/mine
     python eval/speedup.py --target phi-2 --head runs/mine/head --chain 5
+    python eval/speedup.py --baselines all medusa=runs/medusa/head eagle2=runs/eagle1/head@auto
+    python eval/speedup.py --arm my_decoder.py:forward
 
 Four arms decode the same prompts in one process, alternating prompt by prompt: `generate`
-(transformers), `loop` (this package without a draft), `chain` and `tree`. Tables come first; the
-last line of stdout is the result as JSON, without per-prompt data.
+(transformers), `loop` (this package without a draft), `chain` and `tree`. Other methods join them
+with --baselines, a decoder of one's own with --arm (docs/add_your_method.md). Tables come first;
+the last line of stdout is the result as JSON, without per-prompt data.
 """
 
 import argparse
@@ -16,14 +19,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from adaspec_eagle import plots
+from adaspec_eagle import baselines, foreign, plots
+from adaspec_eagle.baselines import METHODS, build_baselines, parse_asks
 from adaspec_eagle.bench import add_arguments, add_draft_arguments, draft_shapes, open_bench
-from adaspec_eagle.errors import run_main
+from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.figures import speedup_result, without_prompts
 from adaspec_eagle.measure import build_arms, run_arms
 from adaspec_eagle.record import one_line, write_json
+from adaspec_eagle.rescore import agreement
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
+SIDE_BY_SIDE = 6  # arms that a table has room for as columns
 WIDTH = 120  # columns of a table that does not go to a terminal
 
 
@@ -33,6 +39,22 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_draft_arguments(made)
+    made.add_argument(
+        "--baselines",
+        nargs="+",
+        default=[],
+        metavar="NAME[=WHAT][@TREE]",
+        help=f"all, or some of {', '.join(METHODS)}; WHAT: folder or hub id of a head, or name of "
+        "assisted's small model; without it the newest fitting head under runs/ is taken. TREE: "
+        "auto, dynamic, static or chain:K instead of the paper's",
+    )
+    made.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="FILE.py:NAME",
+        help="a decoder with Spec-Bench's signature as a further arm; can be repeated",
+    )
     add_arguments(made, PROMPTS)
     return made
 
@@ -40,12 +62,21 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, record."""
     args = parser().parse_args(argv)
+    asks = parse_asks(args.baselines)
     bench = open_bench(args)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(f"head: {bench.choice.folder} ({bench.choice.why})", markup=False, soft_wrap=True)
-    arms = build_arms(bench, draft_shapes(args.tree, args.chain))
+    others = build_baselines(bench, asks)
+    for line in plots.baseline_lines(others.facts):
+        console.print(line, markup=False, soft_wrap=True)
+    arms = build_arms(bench, draft_shapes(args.tree, args.chain)) + others.arms
+    arms += [foreign.decoder_arm(bench, text) for text in args.arm]
+    check_keys([arm.key for arm in arms])
     units = run_arms(bench, arms, "measuring")
-    result = speedup_result(bench, args, arms, units)
+    result = speedup_result(bench, args, arms, units) | {"baselines": others.facts}
+    result["definitions"] = result["definitions"] | baselines.DEFINITIONS | foreign.DEFINITIONS
+    for key, arm in result["arms"].items():
+        arm |= agreement(bench.target, units, key)
     show(console, result)
     if args.out:
         write_json(args.out / "result.json", result)
@@ -56,9 +87,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def check_keys(keys: Sequence[str]) -> None:
+    """Raise UserError if two arms have one name."""
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"two arms are called {key!r}: give the function of --arm another name")
+
+
 def show(console: Console, result: dict) -> None:
     """Tables and the headline."""
-    console.print(plots.arms_table(result))
+    few = len(result["arms"]) <= SIDE_BY_SIDE and not result["baselines"]
+    console.print(plots.arms_table(result) if few else plots.methods_table(result))
     if len(result["files"]) > 1:
         console.print(plots.files_table(result))
     if result["target"]["dtype"] in ("bfloat16", "float16"):

@@ -4,7 +4,8 @@
     python eval/tables.py --check     exit status 1 if the README is out of date
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, where NAME is a folder under
-results/ (its result.json is read); `NAME/files` gives the table by prompt file of a speed-up.
+results/ (its result.json is read); of a speed-up `NAME/files` gives the table by prompt file and
+`NAME/methods` that of the arms beside the baselines.
 """
 
 import argparse
@@ -96,6 +97,12 @@ def speedup_files(result: dict[str, Any]) -> str:
     return f"{table}\n\nCells: speed-up over generate / over loop, acceptance length tau."
 
 
+def speedup_methods(result: dict[str, Any]) -> str:
+    """Rows are arms, those that lack something last."""
+    table = markdown_table(plots.METHOD_COLUMNS, plots.method_rows(result))
+    return "\n\n".join([table, "; ".join(plots.baseline_lines(result["baselines"]))])
+
+
 def acceptance(result: dict[str, Any]) -> str:
     """Rows are tasks."""
     return markdown_table(HEADER, table_rows(result))
@@ -124,6 +131,7 @@ GAP_FIGURES = {"tokens": "d", "match": ".2%", "gap_p99": ".3g", "gap_max": ".3g"
 VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "speedup": speedup,
     "speedup/files": speedup_files,
+    "speedup/methods": speedup_methods,
     "acceptance": acceptance,
     "lossless": lossless,
 }

@@ -20,6 +20,7 @@ from adaspec_eagle.distill import (
 )
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import make_table, split_rows, target_rows
+from adaspec_eagle.head import built_in_heads
 from adaspec_eagle.losses import feature_regression, forward_kl
 from adaspec_eagle.reference import reference_losses
 from adaspec_eagle.selection import SELECTIONS, needs, select
@@ -83,7 +84,7 @@ def trained_gradients(
     return found
 
 
-@pytest.mark.parametrize("name", ["eagle1", "eagle3"])
+@pytest.mark.parametrize("name", built_in_heads())
 def test_eight_batches_of_one_equal_one_batch_of_eight(tmp_path, name):
     objective = Objective("feature=1,fkl=0.1" if name == "eagle1" else "fkl", unroll=2)
     one = trained_gradients(tmp_path, 8, 1, objective, name=name)

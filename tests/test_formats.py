@@ -617,5 +617,7 @@ def test_targets_and_heads_that_no_engine_has_are_refused(tmp_path, targets):
     target = targets["untied"]
     fields = vars(make_head(target, "eagle1", None).config)
     assert "own" in cannot_run("vllm", fields | {"train_output": True}, {}, target)
-    assert "no layout" in cannot_run("vllm", fields | {"head": "my.module"}, {}, target)
+    for name in ("my.module", "medusa"):
+        found = cannot_run("vllm", fields | {"head": name}, {}, target)
+        assert f"no layout for {name!r}" in found
     assert "wide" in cannot_run("eagle", fields | {"head_dim": 16}, {}, target)

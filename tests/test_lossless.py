@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from adaspec_eagle import generate
 from adaspec_eagle.cache import TreeCache
 from adaspec_eagle.draft import Drafter, Dynamic, chain
-from adaspec_eagle.head import DraftHead, HeadConfig
+from adaspec_eagle.head import DraftHead, HeadConfig, built_in_heads
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_head, tiny_target
 
 TREES = ["chain:3", "static", "auto", Dynamic(nodes=12, depth=4, width=4)]
@@ -33,7 +33,7 @@ def reference(target, ids, mask, new=24):
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("tree", TREES, ids=["chain", "static", "auto", "dynamic"])
-@pytest.mark.parametrize("name", ["eagle1", "eagle3", "lm"])
+@pytest.mark.parametrize("name", built_in_heads())
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_output_equals_the_targets_own(arch, name, tree, rows):
     target = tiny_target(arch)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaspec_eagle.head import HeadConfig, new_head
+from adaspec_eagle.head import HeadConfig, built_in_heads, new_head
 from adaspec_eagle.optim import OPTIMIZERS, make_optimizer
 from tests.tiny import ARCHITECTURES, tiny_target
 
@@ -86,7 +86,7 @@ def test_fusing_layer_starts_near_the_identity_on_its_last_input():
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("name", ["eagle1", "eagle3"])
+@pytest.mark.parametrize("name", built_in_heads())
 def test_any_target_can_be_started_from(arch, name):
     target = tiny_target(arch)
     head = new_head(HeadConfig.for_target(name, target, 40), seed=1)

@@ -5,11 +5,12 @@ import torch
 
 from adaspec_eagle.draft import Drafter, chain
 from adaspec_eagle.features import split_rows, target_rows
+from adaspec_eagle.head import built_in_heads
 from adaspec_eagle.unroll import unroll
 from tests.tiny import ARCHITECTURES, tiny_head, tiny_target
 
 
-@pytest.mark.parametrize("name", ["eagle1", "eagle3", "lm"])
+@pytest.mark.parametrize("name", built_in_heads())
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_unrolled_training_equals_incremental_decoding(arch, name):
     """Hidden states of every step at every index equal those of a chain drafted from there."""

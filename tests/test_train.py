@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from adaspec_eagle import generate, load_head
 from adaspec_eagle.callbacks import newest_checkpoint
 from adaspec_eagle.errors import UserError, explain
-from adaspec_eagle.head import read_config
+from adaspec_eagle.head import built_in_heads, read_config
 from adaspec_eagle.prepare import draft_vocab
 from adaspec_eagle.targets import Target
 from adaspec_eagle.train import TrainConfig, run_training
@@ -134,7 +134,7 @@ def test_where_features_are_kept_changes_nothing(folder, tmp_path, mode):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"head": "eagle1"}, {"train_output": True}, {"mask_oov": True}]
+    "changes", [{"head": "eagle1"}, {"head": "medusa"}, {"train_output": True}, {"mask_oov": True}]
 )
 def test_variants_train(folder, tmp_path, changes):
     made = run_training(options(folder, method="distillspec", **changes), tmp_path / "out")
@@ -226,7 +226,7 @@ def test_unknown_targets_and_heads_are_named(folder, tmp_path):
         Target.load("no-such-model")
     with pytest.raises(UserError, match="no weights"):
         Target.load(tmp_path)
-    with pytest.raises(UserError, match="eagle1, eagle3"):
+    with pytest.raises(UserError, match="eagle1, eagle3, medusa"):
         run_training(options(folder, head="eagle9"), tmp_path / "out")
 
 
@@ -320,7 +320,7 @@ def test_prompts_that_cannot_be_decoded_are_named():
         generate(target, None, torch.ones(1, 500).long(), max_new_tokens=64)
 
 
-@pytest.mark.parametrize("name", ["eagle1", "eagle3"])
+@pytest.mark.parametrize("name", built_in_heads())
 def test_saved_heads_load_equal(tmp_path, name):
     target = tiny_target(dtype=torch.float32)
     head = tiny_head(target, name, draft_vocab=None if name == "eagle1" else 40)
