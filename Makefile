@@ -8,6 +8,9 @@ PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
 
+# Where the prompt files of the README's tables lie, for make paper-table.
+DATA_ROOT ?=
+
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.adaspec-installed
 PIP    = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
@@ -16,10 +19,11 @@ PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all lint clean check-python
+.PHONY: help install demo paper-table test test-all lint clean check-python
 
 help:
 	@echo "make demo      train a reference head and a draft head on the default target, then measure"
+	@echo "make paper-table DATA_ROOT=DIR   measure the README's tables again and compare acceptance"
 	@echo "make test      tier 0 (seconds to minutes) and the slow tier (the real small target)"
 	@echo "make test-all  make test, and the long and gpu tiers (up to 90 minutes)"
 	@echo "make lint      ruff check, ruff format --check, mypy"
@@ -52,6 +56,12 @@ check-python:
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
+
+# Within an hour on two cores; exit status 1 if an acceptance length leaves its recorded interval.
+paper-table: $(STAMP)
+	@[ -n "$(DATA_ROOT)" ] || { \
+	  echo "error: name the folder with EAGLE's question files: make paper-table DATA_ROOT=DIR" >&2; exit 2; }
+	$(BIN)/python eval/reproduce.py --data-root "$(DATA_ROOT)" --out runs/paper-table
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow and not long and not gpu"

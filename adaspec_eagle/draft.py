@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adaspec_eagle.attention import tree_mask
-from adaspec_eagle.auto import Planner
+from adaspec_eagle.auto import Costs, Planner
 from adaspec_eagle.cache import TreeCache
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
@@ -91,6 +91,7 @@ class Auto:
     nodes: int = 63
     depth: int = 10
     width: int = 8
+    costs: Costs | None = None  # of another machine, whose trees are wanted; None: of this one
     sampled: ClassVar[bool] = False
 
 

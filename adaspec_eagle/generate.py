@@ -294,7 +294,8 @@ class _Run:
             whole = functional.pad(tokens, (0, 1)).scatter(1, lengths[:, None], self.last[:, None])
             planner = None
             if isinstance(self.shape, Auto):
-                costs = costs_of(target, self.head, len(rows), self.shape.width)
+                costs = self.shape.costs
+                costs = costs or costs_of(target, self.head, len(rows), self.shape.width)
                 planner = Planner(costs, len(rows), self.shape.nodes)
             self.drafter = Drafter(self.head, self.shape, min(room, FIRST_CAPACITY), planner)
             self.drafter.prefill(out.features, whole, lengths)

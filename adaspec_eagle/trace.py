@@ -79,12 +79,11 @@ def trace_arms(bench: Bench, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
     A run of its own after the measurement, greedy, not timed.
     """
     prompt = bench.sources[0].prompts[0]
-    heads = {arm.key: arm.decode for arm in arms if arm.shape and isinstance(arm.decode, partial)}
     found = {}
-    for key, how in heads.items():
-        if how.func is measure.decode:
-            of, shape = how.args
-            found[key] = trace(of, shape, prompt)
+    for arm in arms:
+        how = arm.decode
+        if arm.shape and isinstance(how, partial) and how.func is measure.decode:
+            found[arm.key] = trace(how.args[0], how.args[1], prompt)
     return found
 
 

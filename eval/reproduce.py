@@ -1,0 +1,256 @@
+"""Measure the README's tables again, from the heads that ship, and compare the acceptance.
+
+    python eval/reproduce.py --data-root DIR                 what `make paper-table` runs
+    python eval/reproduce.py --data-root DIR --minutes 2     on fewer prompts
+
+The same prompts (their hashes are checked), head, dtype, arms and trees as in the record; trees
+"auto" are chosen by the recorded costs, since those of this machine would give others. For each arm
+that drafts, tau must lie in the record's bootstrap interval over the same prompts: the exit status
+is 0 if all do, else 1. Times are shown and not compared.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from adaspec_eagle.auto import Costs
+from adaspec_eagle.bench import Bench, Source, describe_bench, open_bench, read_source
+from adaspec_eagle.draft import Auto
+from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.figures import measured_figures, total
+from adaspec_eagle.measure import Arm, Unit, build_arms, decode, run_arms
+from adaspec_eagle.record import bootstrap_ratio, one_line, sha256, with_interval, write_json
+from adaspec_eagle.stats import AcceptanceStats
+from adaspec_eagle.storage import read_json, weights_file
+from adaspec_eagle.targets import Target
+
+NAMED = re.compile(r"<!-- table:([^\s/]+)")
+WARM_UP = 1.25  # of the recorded time, for what is not recorded
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a record is measured again: so many prompts of each file."""
+
+    name: str
+    record: dict[str, Any]
+    limit: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether that is all of the record."""
+        return self.limit >= max(source["prompts"] for source in self.record["prompts"])
+
+    @property
+    def units(self) -> list[dict[str, Any]]:
+        """The record's counts of these prompts."""
+        return chosen_units(self.record, self.limit)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("--data-root", type=Path, required=True, metavar="DIR",
+        help="folder with the prompt files that the records name")  # fmt: skip
+    add("--readme", type=Path, default="README.md", help="default: %(default)s")
+    add("--results", type=Path, default="results", help="the records; default: %(default)s")
+    add("--minutes", type=float, default=50, help="for each record, by the speed of the machine "
+        "that made it; fewer prompts where it took longer; default: %(default)s")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", help="folder for result.json")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and compare record after record."""
+    args = parser().parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    plans = make_plans(args, console)
+    found = [reproduce(plan, args, console) for plan in plans]
+    agrees = all(one["agrees"] for one in found)
+    result = {"kind": "reproduction", "agrees": agrees, "records": found}
+    if args.out:
+        write_json(args.out / "result.json", result)
+    console.print("acceptance agrees" if agrees else "acceptance does NOT agree", style="bold")
+    print(one_line({"agrees": agrees, "records": [brief(one) for one in found]}))
+    return 0 if agrees else 1
+
+
+def make_plans(args: argparse.Namespace, console: Console) -> list[Plan]:
+    """The README's records whose heads are at hand; UserError where a prompt file is missing."""
+    if not args.data_root.is_dir():
+        raise UserError(f"--data-root {args.data_root} is no folder")
+    if not args.readme.is_file():
+        raise UserError(f"{args.readme} does not exist; name the file with --readme")
+    plans = []
+    for name in dict.fromkeys(NAMED.findall(args.readme.read_text(encoding="utf-8"))):
+        record = read_json(args.results / name / "result.json")
+        why = unfit(record)
+        if why:
+            console.print(f"{name}: not measured, {why}", markup=False)
+            continue
+        plans.append(Plan(name, record, affordable(record, 60 * args.minutes / WARM_UP)))
+        check_files(plans[-1], args.data_root)
+    if not plans:
+        raise UserError(f"no table of {args.readme} can be measured again")
+    return plans
+
+
+def unfit(record: dict[str, Any]) -> str | None:
+    """Why a record cannot be measured again; None if it can."""
+    if record["kind"] != "speedup":
+        return f"it is a record of kind {record['kind']}"
+    folder = Path(record["head"]["folder"])
+    if not (folder / "config.json").is_file():
+        return f"its head {folder} does not ship"
+    if sha256(weights_file(folder)) != record["head"]["sha256"]:
+        return f"its head {folder} has changed since"
+    return None
+
+
+def affordable(record: dict[str, Any], seconds: float) -> int:
+    """The most prompts of each file that took no longer than that, at least one."""
+    most = max(source["prompts"] for source in record["prompts"])
+
+    def took(limit: int) -> float:
+        runs = [run for unit in chosen_units(record, limit) for run in unit["arms"].values()]
+        return sum(sum(run["seconds"].values()) for run in runs)
+
+    return max((n for n in range(1, most + 1) if took(n) <= seconds), default=1)
+
+
+def chosen_units(record: dict[str, Any], limit: int) -> list[dict[str, Any]]:
+    """The record's units of the first `limit` prompts of each file."""
+    seen: dict[str, int] = {}
+    chosen = []
+    for unit in record["per_prompt"]:
+        seen[unit["file"]] = seen.get(unit["file"], 0) + len(unit["ids"])
+        if seen[unit["file"]] <= limit:
+            chosen.append(unit)
+    return chosen
+
+
+def check_files(plan: Plan, root: Path) -> None:
+    """UserError that lists what is missing under the data root, or other than in the record."""
+    wrong = []
+    for source in plan.record["prompts"]:
+        path = root / Path(source["file"]).name
+        if not path.is_file():
+            wrong.append(f"{path.name}: missing")
+        elif sha256(path) != source["sha256"]:
+            wrong.append(f"{path.name}: another file than the record's (sha256 differs)")
+    if wrong:
+        lines = "\n  ".join(wrong)
+        raise UserError(
+            f"table {plan.name} needs prompt files that --data-root {root} does not have:\n  "
+            f"{lines}\nEAGLE's question files come from its repository (SafeAILab/EAGLE, "
+            "eagle/data); the record names each file's hash"
+        )
+
+
+def reproduce(plan: Plan, args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measure one record again and show both."""
+    record = plan.record
+    count = sum(len(unit["ids"]) for unit in plan.units)
+    which = "all" if plan.whole else f"a subset, the first {plan.limit} of each file:"
+    console.print(f"{plan.name}: {which} {count} prompts", markup=False)
+    given = {"dtype": record["target"]["dtype"], "limit": plan.limit, "out": args.out}
+    given["prompts"] = [str(args.data_root / Path(s["file"]).name) for s in record["prompts"]]
+    settings = argparse.Namespace(**record["arguments"] | given)
+    bench = open_bench(settings, sources)
+    arms = recorded_arms(bench, record)
+    units = run_arms(bench, arms, "measuring")
+    compared = compare(plan, arms, units, bench.seed)
+    console.print(shown(plan, compared))
+    return {
+        "name": plan.name,
+        "agrees": all(one["agrees"] for one in compared.values()),
+        "prompts_measured": count,
+        "whole": plan.whole,
+        "compared": compared,
+        **describe_bench(bench, settings),
+        **measured_figures(bench, arms, units),
+    }
+
+
+def sources(settings: argparse.Namespace, target: Target) -> list[Source]:
+    """The record's prompt files."""
+    how = (target, settings.limit, settings.max_new_tokens)
+    return [read_source(name, *how) for name in settings.prompts]
+
+
+def recorded_arms(bench: Bench, record: dict[str, Any]) -> list[Arm]:
+    """The record's arms of its own head; auto trees follow the recorded costs."""
+    kept = {"chain", "tree", "auto", "dynamic", "static"}
+    shapes = {key: arm["shape"] for key, arm in record["arms"].items() if key in kept}
+    auto = Auto(costs=Costs(**record["costs"]))
+    return [
+        replace(arm, decode=partial(decode, bench, auto)) if arm.shape == "auto" else arm
+        for arm in build_arms(bench, shapes)
+    ]
+
+
+def compare(
+    plan: Plan, arms: Sequence[Arm], units: Sequence[Unit], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Arm -> tau recorded and here, with intervals over the same prompts, and tokens/s."""
+    compared = {}
+    for arm in arms:
+        then = [AcceptanceStats.from_dict(unit["arms"][arm.key]) for unit in plan.units]
+        now = [unit.outcomes[arm.key].stats for unit in units]
+        (tau, bounds), (tau_here, bounds_here) = tau_of(then, seed), tau_of(now, seed)
+        compared[arm.key] = {
+            "tau": tau,
+            "tau_ci95": bounds,
+            "tau_here": tau_here,
+            "tau_here_ci95": bounds_here,
+            "tokens_per_s": speed(then),
+            "tokens_per_s_here": speed(now),
+            "agrees": bounds[0] - 1e-9 <= tau_here <= bounds[1] + 1e-9,
+        }
+    return compared
+
+
+def tau_of(stats: Sequence[AcceptanceStats], seed: int) -> tuple[float, list[float]]:
+    """tau over all prompts, and its 95 % bootstrap interval."""
+    columns = np.array([[one.tokens, one.rounds] for one in stats])  # [P, 2]
+    bounds = bootstrap_ratio(columns, lambda sums: sums[0] / sums[1] if sums[1] else 1.0, seed)
+    return total(stats).tau, bounds
+
+
+def speed(stats: Sequence[AcceptanceStats]) -> float:
+    """Tokens/s end to end."""
+    return sum(s.new_tokens for s in stats) / sum(sum(s.seconds.values()) for s in stats)
+
+
+def shown(plan: Plan, compared: dict[str, dict[str, Any]]) -> Table:
+    """Recorded and here, side by side."""
+    table = Table(title=f"table {plan.name}", title_justify="left")
+    table.add_column("arm")
+    for name in ("tau, recorded", "tau, here", "agrees", "tokens/s, recorded", "tokens/s, here"):
+        table.add_column(name, justify="right")
+    for key, one in compared.items():
+        taus = [with_interval(one[n], one[f"{n}_ci95"]) for n in ("tau", "tau_here")]
+        speeds = [f"{one[name]:.1f}" for name in ("tokens_per_s", "tokens_per_s_here")]
+        table.add_row(key, *taus, "yes" if one["agrees"] else "NO", *speeds)
+    return table
+
+
+def brief(found: dict[str, Any]) -> dict[str, Any]:
+    """What the last line says of a record."""
+    return {key: found[key] for key in ("name", "agrees", "prompts_measured", "whole", "compared")}
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
