@@ -90,10 +90,13 @@ def write_report(folders: Sequence[Path], figures: Path | None = None) -> str:
     page = Page()
     for folder in folders:
         found = [p for p in result_files(folder) if p.is_file()]
-        if not found:
+        cells = sorted((folder / "cells").rglob("*.json"))
+        if not found and not cells:
             raise UserError(f"{folder} has no result.json and no head with a train.json")
         for path in found:
             add_file(page, path)
+        if cells:
+            add_cells(page, folder, cells)
     page.section("To cite and to paste")
     if page.views:
         page.add(cite_card("latex", "LaTeX (booktabs)", latex(page.views)))
@@ -300,6 +303,18 @@ def add_unknown(page: Page, name: str, result: Figures) -> None:
         data = plain_table(value)
         if data:
             page.add(card(key, table(data)))
+
+
+def add_cells(page: Page, folder: Path, cells: Sequence[Path]) -> None:
+    """The cells of `eval/compare.py`, one row each."""
+    page.section(f"{folder.as_posix()}: cells", f"{len(cells)} training runs, each measured.")
+    rows = {}
+    for path in cells:
+        cell = read_json(path)
+        rows[path.relative_to(folder / "cells").as_posix()] = cell | cell.get("figures", {})
+    data = plain_table(rows)
+    if data:
+        page.add(card("All cells", table(data)))
 
 
 def _plain(value: Any) -> bool:

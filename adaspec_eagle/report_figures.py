@@ -20,7 +20,7 @@ INK, MUTED, LINE, PAPER = "#24292f", "#6e7781", "#d0d7de", "#fefefe"
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--card)"}
 PARTS = {"draft": "#d9622b", "verify": "#3b7dd8", "rest": "#8a8f98"}
 ACCEPTED, OTHERS = "#d9622b", ("#7a4fbf", "#2f9e6e", "#c2a02b", "#1f8fa3", "#c23b5e", "#7d5a3c")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": MUTED,

@@ -266,6 +266,10 @@ def page(work, measured, recorded):
     other.mkdir(exist_ok=True)
     rows = {"a": {"alpha": 0.5, "<b>": "x & y"}}
     (other / "result.json").write_text(json.dumps({"kind": "lossless", "n": 3, "modes": rows}))
+    for seed in range(2):
+        cell = {"arm": "adaspec", "seed": seed, "figures": {"tau": 1.25 + seed}, "config": {}}
+        (other / "cells").mkdir(exist_ok=True)
+        (other / "cells" / f"{seed}.json").write_text(json.dumps(cell))
     notes = {"stage": "head", "curves": [
         {"step": 1, "loss": 3.0},
         {"step": 2, "eval_tau_sim": 1.2, "eval_match_1": 0.4, "eval_match_2": 0.3},
@@ -304,6 +308,7 @@ def test_an_unknown_result_is_listed_and_text_is_escaped(page):
     assert "A result of another kind (lossless)" in page
     assert "&lt;b&gt;" in page
     assert "x &amp; y" in page
+    assert "<td>2.25</td>" in page  # a cell of a comparison
     assert "<b>" not in page.split("A result of another kind", 1)[1]
 
 
