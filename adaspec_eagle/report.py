@@ -143,17 +143,19 @@ def views_of(result: Figures) -> list[tuple[str, Figures]]:
 def add_measurement(page: Page, name: str, result: Figures) -> None:
     """Everything about one result of speedup.py or bench.py."""
     tables = suite_tables(result) if result["kind"] == "bench" else [None] * len(views_of(result))
+    traces = result.get("traces", {})  # of the same prompt for all: shown once
     for (more, view), data in zip(views_of(result), tables, strict=True):
         owner = page.section(name + more, _where(view))
         page.views.append((name + more, view))
         page.add(tiles(view), f'<p class="headline">{escape(view["headline"]["sentence"])}</p>')
         page.grid(drawings(view), owner)
+        add_traces(page, owner, traces)
+        traces = {}
         page.add(card("All arms", table(arms_data(view))))
         if data:
             page.add(card(data.title, table(data)))
         elif len(view["files"]) > 1:
             page.add(card("By set of prompts", table(files_data(view))))
-    add_traces(page, owner, result.get("traces", {}))
     page.add(card("How it was run", run_facts(result)))
     notes = Path(result["head"]["folder"]) / "train.json"
     if notes.is_file():
