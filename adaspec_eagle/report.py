@@ -1,7 +1,7 @@
 """Result folders as one HTML page that needs nothing else: figures, tables, an answer, a tree.
 
-`eval/report.py` is its command line. Known results are those of `eval/speedup.py` and
-`eval/bench.py`; of others their plain figures are listed.
+`eval/report.py` is its command line. Known results are those of `eval/speedup.py`,
+`eval/bench.py` and `eval/compare.py`; of others their plain figures are listed.
 """
 
 import json
@@ -14,10 +14,19 @@ from pathlib import Path
 from shlex import join
 from typing import Any
 
+from adaspec_eagle.compare_tables import cell_text, difference_text
+from adaspec_eagle.contrasts import METRICS
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.plots import arm_rows
-from adaspec_eagle.report_figures import Drawing, drawings, export, svg, training_drawings
-from adaspec_eagle.report_figures import tree_drawing as tree
+from adaspec_eagle.report_figures import (
+    Drawing,
+    drawings,
+    export,
+    forest_drawing,
+    svg,
+    training_drawings,
+    tree_drawing,
+)
 from adaspec_eagle.storage import read_json
 from adaspec_eagle.suite_tables import TableData, suite_tables
 
@@ -84,7 +93,8 @@ class Page:
 def write_report(folders: Sequence[Path], figures: Path | None = None) -> str:
     """The page about these folders; with `figures` also each drawing as PNG and PDF there.
 
-    A folder holds a result.json, or a head's train.json (itself, or in `head` and `reference`).
+    A folder holds a result.json, a comparison's summary.json or cells, or a head's train.json
+    (itself, or in `head` and `reference`).
     Raises UserError for a folder with none of them.
     """
     page = Page()
@@ -109,8 +119,8 @@ def write_report(folders: Sequence[Path], figures: Path | None = None) -> str:
 
 def result_files(folder: Path) -> list[Path]:
     """What a folder may hold, in the order of the page."""
-    places = ("result.json", "train.json", "reference/train.json", "head/train.json")
-    return [folder / place for place in places]
+    heads = [folder / stage / "train.json" for stage in ("", "reference", "head")]
+    return [folder / "result.json", folder / "summary.json", *heads]
 
 
 def add_file(page: Page, path: Path) -> None:
@@ -123,6 +133,8 @@ def add_file(page: Page, path: Path) -> None:
         add_training(page, f"Training of {name}", result)
     elif result.get("kind") in ("speedup", "bench"):
         add_measurement(page, name, result)
+    elif result.get("kind") == "compare":
+        add_comparison(page, name, result)
     else:
         add_unknown(page, name, result)
 
@@ -233,7 +245,7 @@ def add_traces(page: Page, owner: str, traces: Figures) -> None:
         legend = "<mark>Drafted by the head and accepted</mark>; the rest is the target's own."
         body = f'<p class="answer">{pieces}</p><p class="key">{escape(note)}{legend}</p>'
         page.add(card(f"An answer: {key}", body))
-        drawing = tree(key, one)
+        drawing = tree_drawing(key, one)
         if drawing:
             width = drawing.size[0] * 96
             sizes = f"--least: {0.8 * width:.0f}px; --most: {1.1 * width:.0f}px"
@@ -294,6 +306,27 @@ def add_training(page: Page, name: str, notes: Figures) -> None:
     body = definition_list({key: value for key, value in facts.items() if value})
     body += f"<details><summary>Settings</summary>{settings}</details>"
     page.add(card("What it learnt from", body))
+
+
+def add_comparison(page: Page, name: str, found: Figures) -> None:
+    """The summary of `eval/compare.py`: differences drawn, a table a task."""
+    about = (
+        f"Arms trained on {found['budget']} epochs and compared. Primary contrast: "
+        f"{' against '.join(found['primary'])}. Differences are to {found['baseline']}; * holds."
+    )
+    owner = page.section(name, about)
+    page.grid([forest_drawing(found, metric) for metric in ("greedy_alpha", "alpha_t1")], owner)
+    for task, arms in found["tasks"].items():
+        header = ["arm", "seeds", "steps", *(n for m in METRICS for n in (m, "difference"))]
+        rows = []
+        for arm, facts in arms.items():
+            row = [arm, str(len(facts["seeds"])), str(facts["steps"])]
+            for metric in METRICS:
+                one = facts["metrics"][metric]
+                row += [cell_text(one, metric), difference_text(one, metric)]
+            rows.append(row)
+        page.add(card(task, table(TableData("", header, rows, ""))))
+    page.add(card("Definitions", definition_list(found["definitions"])))
 
 
 def add_unknown(page: Page, name: str, result: Figures) -> None:

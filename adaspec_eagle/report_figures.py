@@ -125,6 +125,22 @@ def training_drawings(notes: Figures) -> list[Drawing]:
     return made
 
 
+def forest_drawing(found: Figures, metric: str) -> Drawing:
+    """Differences of a comparison to its baseline, a line for each task and arm."""
+    lines = [
+        (f"{task}: {name}", arm["metrics"][metric])
+        for task, arms in found["tasks"].items()
+        for name, arm in arms.items()
+        if "difference" in arm["metrics"][metric]
+    ]
+    return Drawing(
+        f"forest-{metric}", f"{metric}: difference to {found['baseline']}",
+        "95 % intervals over seeds and prompts. Filled: holds after correction; in colour: the "
+        "primary contrast.",
+        lambda axes: draw_forest(axes, lines), (5.4, 1.0 + 0.34 * max(len(lines), 2)),
+    )  # fmt: skip
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
@@ -306,6 +322,20 @@ def draw_curves(axes: Any, lines: list[Figures], names: dict[str, str], log: boo
     if len(names) > 1:
         axes.legend()
     axes.set_xlabel("optimizer step")
+
+
+def draw_forest(axes: Any, lines: list[tuple[str, Figures]]) -> None:
+    """Intervals of differences around zero."""
+    axes.axvline(0, color=MUTED, linewidth=1)
+    for place, (_, one) in enumerate(lines):
+        color = ACCEPTED if one["primary"] else "#3b7dd8"
+        axes.plot(one["difference_ci95"], [place, place], color=color, linewidth=1.8)
+        face = color if one["holds"] else PAPER
+        axes.plot(one["difference"], place, "o", color=color, markerfacecolor=face)
+    axes.set_yticks(range(len(lines)), [name for name, _ in lines])
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(max(len(lines), 1) - 0.5, -0.5)
 
 
 # ---- one round's tree ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 
 from adaspec_eagle import Target, generate
 from adaspec_eagle.bench import make_prompt
+from adaspec_eagle.contrasts import METRICS
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.measure import left_padded
 from adaspec_eagle.report import write_report
@@ -270,6 +271,17 @@ def page(work, measured, recorded):
         cell = {"arm": "adaspec", "seed": seed, "figures": {"tau": 1.25 + seed}, "config": {}}
         (other / "cells").mkdir(exist_ok=True)
         (other / "cells" / f"{seed}.json").write_text(json.dumps(cell))
+    gain = {"difference": 0.1, "difference_ci95": [0.05, 0.2], "holds": True, "primary": True}
+    arms = {
+        name: {"seeds": [0, 1], "steps": 7, "metrics": dict.fromkeys(METRICS, value)}
+        for name, value in (
+            ("distillspec", {"value": 0.5, "ci95": [0.4, 0.6]}),
+            ("adaspec", {"value": 0.625, "ci95": [0.5, 0.7]} | gain),
+        )
+    }
+    summary = {"kind": "compare", "budget": "3", "primary": ["adaspec", "distillspec"],
+               "baseline": "distillspec", "tasks": {"gsm8k": arms}, "definitions": {}}  # fmt: skip
+    (other / "summary.json").write_text(json.dumps(summary))
     notes = {"stage": "head", "curves": [
         {"step": 1, "loss": 3.0},
         {"step": 2, "eval_tau_sim": 1.2, "eval_match_1": 0.4, "eval_match_2": 0.3},
@@ -309,6 +321,9 @@ def test_an_unknown_result_is_listed_and_text_is_escaped(page):
     assert "&lt;b&gt;" in page
     assert "x &amp; y" in page
     assert "<td>2.25</td>" in page  # a cell of a comparison
+    assert "0.625 [0.500, 0.700]" in page
+    assert "+0.100 [+0.050, +0.200] *" in page
+    assert 'forest-alpha_t1"' in page
     assert "<b>" not in page.split("A result of another kind", 1)[1]
 
 
