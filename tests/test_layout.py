@@ -29,7 +29,8 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"acceptance", "answers", "bench", "export", "callbacks", "plots", "prepare", "reference"},
     {"onpolicy"},
     {"train", "measure", "suites"},
-    {"report_figures", "rescore", "foreign", "baselines", "suite_tables", "trace", "grid", "contrasts"},
+    {"report_figures", "rescore", "foreign", "baselines", "suite_tables", "trace"},
+    {"grid", "contrasts"},
     {"figures", "compare_tables", "report"},
     {"grid_speed"},
 ]
