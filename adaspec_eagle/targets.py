@@ -64,6 +64,7 @@ class Target:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.context: int = getattr(self.config, "max_position_embeddings", None) or 2048
         self.fingerprint = fingerprint(model)
+        self.compiled: dict = {}  # what compiled.py made of it
         self.eos_token_ids = _eos_token_ids(model)
         pad = model.generation_config.pad_token_id
         self.pad_token_id: int = pad if pad is not None else (self.eos_token_ids + [0])[0]
@@ -163,6 +164,21 @@ class Target:
         indices of `hidden_states`: 0 is the embedding, i the input of layer i, num_layers the
         final, normed one.
         """
+        if mask is None:
+            return self.run(tokens, positions, mask, cache, feature_layers, logits)
+        with grouped(self.config):
+            return self.run(tokens, positions, mask, cache, feature_layers, logits)
+
+    def run(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
+        feature_layers: Sequence[int] = (),
+        logits: bool = True,
+    ) -> TargetOutput:
+        """`forward` with the attention that the model has at the moment."""
         inner = [i for i in feature_layers if i < self.num_layers]
         arguments = {
             "input_ids": tokens,
@@ -172,11 +188,7 @@ class Target:
             "use_cache": cache is not None,
             "output_hidden_states": inner or None,
         }
-        if mask is None:
-            out = self.model.base_model(**arguments)
-        else:
-            with grouped(self.config):
-                out = self.model.base_model(**arguments)
+        out = self.model.base_model(**arguments)
         hidden = out.last_hidden_state  # [B, N, H]
         features = None
         if feature_layers:
