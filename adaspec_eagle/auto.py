@@ -22,9 +22,9 @@ from torch import Tensor
 
 from adaspec_eagle.attention import tree_mask
 from adaspec_eagle.cache import TreeCache
+from adaspec_eagle.compiled import Call, head_call, target_call
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
-from adaspec_eagle.packed import packing
 from adaspec_eagle.paths import default_cache_dir
 from adaspec_eagle.record import write_json
 from adaspec_eagle.targets import Target
@@ -54,15 +54,17 @@ class Costs:
 
 
 @torch.no_grad()
-def measure_costs(target: Target, head: DraftHead, rows: int, width: int) -> Costs:
+def measure_costs(
+    target: Target, head: DraftHead, rows: int, width: int, compiled: bool = False
+) -> Costs:
     """Time both on this machine; a second or two. `head` is bound; `width` nodes a level."""
-    layers = head.config.feature_layers
-    times = [_time_target(target, layers, rows, size) for size in SIZES]
+    forward = target_call(target, tuple(head.config.feature_layers), compiled)
+    times = [_time_target(target, forward, rows, size) for size in SIZES]
     times = [max(times[: i + 1]) for i in range(len(times))]  # noise must not make more cheaper
-    return Costs(list(SIZES), times, _time_draft(head, rows, width))
+    return Costs(list(SIZES), times, _time_draft(head, rows, width, compiled))
 
 
-def _time_target(target: Target, layers: list[int], rows: int, size: int) -> float:
+def _time_target(target: Target, forward: Call, rows: int, size: int) -> float:
     cache = target.new_cache(HISTORY + size)
     tokens = torch.zeros(rows, size, dtype=torch.long, device=target.device)
     shape = (rows, *_key_shape(target), 1, _head_size(target))
@@ -75,16 +77,16 @@ def _time_target(target: Target, layers: list[int], rows: int, size: int) -> flo
     mask = _chain_mask(cache, rows, size, target.dtype)
     positions = HISTORY + torch.arange(size, device=target.device).expand_as(tokens)
 
-    def forward() -> None:
-        with packing(target.model).active():
-            target.forward(tokens, positions, mask, cache, layers)
+    def once() -> None:
+        forward(tokens, positions, mask, cache)
         cache.rollback()
 
-    return _median(forward, target.device)
+    return _median(once, target.device)
 
 
-def _time_draft(head: DraftHead, rows: int, width: int) -> float:
-    weight, config = head.embed_rows, head.config
+def _time_draft(head: DraftHead, rows: int, width: int, compiled: bool) -> float:
+    weight = head.embed_rows
+    config = head.config
     cache = TreeCache(head.cached_layers, HISTORY + width)
     tokens = torch.zeros(rows, HISTORY, dtype=torch.long, device=weight.device)
     features = weight.new_zeros(rows, HISTORY, len(config.feature_layers) * config.hidden_size)
@@ -95,9 +97,10 @@ def _time_draft(head: DraftHead, rows: int, width: int) -> float:
     step = 0 if head.deepest == 1 else 1
     tokens, positions = tokens[:, :width], torch.full_like(tokens[:, :width], HISTORY)
 
+    forward = head_call(head, compiled)
+
     def level() -> None:
-        with packing(head).active():
-            out = head.logits(head(hidden, tokens, positions, mask, cache, step))
+        _, out = forward(hidden, tokens, positions, mask, cache, step)
         out.float().topk(min(width, out.shape[-1]), dim=-1)
         cache.rollback()
 
@@ -138,7 +141,9 @@ def _median(call: Callable[[], None], device: torch.device) -> float:
 _KNOWN: dict[str, Costs] = {}
 
 
-def costs_of(target: Target, head: DraftHead, rows: int, width: int) -> Costs:
+def costs_of(
+    target: Target, head: DraftHead, rows: int, width: int, compiled: bool = False
+) -> Costs:
     """The costs from this process, from the user's cache, or measured now and kept there."""
     device = target.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -151,6 +156,7 @@ def costs_of(target: Target, head: DraftHead, rows: int, width: int) -> Costs:
         "head": asdict(head.config) | {"target": ""},
         "rows": rows,
         "width": width,
+        "compiled": compiled,
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     path = default_cache_dir() / "costs" / f"{key}.json"
@@ -158,7 +164,7 @@ def costs_of(target: Target, head: DraftHead, rows: int, width: int) -> Costs:
         try:
             _KNOWN[key] = Costs(**json.loads(path.read_text())["costs"])
         except (OSError, ValueError, KeyError, TypeError):
-            _KNOWN[key] = measure_costs(target, head, rows, width)
+            _KNOWN[key] = measure_costs(target, head, rows, width, compiled)
             with suppress(
                 UserError
             ):  # a cache that cannot be written to is measured again next time

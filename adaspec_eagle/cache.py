@@ -46,6 +46,19 @@ class TreeCache(Cache):
             self.used += key_states.shape[2]
         return self.buffer[layer_idx, 0, :, :, :end], self.buffer[layer_idx, 1, :, :, :end]
 
+    def reserve(self, new: int, spare: int = 0) -> Tensor:
+        """The next `new` scratch columns, which the caller writes itself, and some beyond them.
+
+        The cache must hold something already. Returns the columns `[new + spare]`, all of them
+        within the capacity; only the first `new` count as written.
+        """
+        assert self.buffer is not None
+        begin = self.start + self.used
+        if begin + new + spare > self.capacity:
+            self._grow(begin + new + spare)
+        self.used += new
+        return torch.arange(begin, begin + new + spare, device=self.buffer.device)
+
     def commit(self, path: Tensor, length: Tensor, longest: int | None = None) -> None:
         """Append scratch columns `path[b, :length[b]]` to row b's history; drop all other scratch.
 

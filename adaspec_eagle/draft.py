@@ -14,6 +14,7 @@ from torch import Tensor
 from adaspec_eagle.attention import tree_mask
 from adaspec_eagle.auto import Costs, Planner
 from adaspec_eagle.cache import TreeCache
+from adaspec_eagle.compiled import head_call
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.packed import packing
@@ -199,13 +200,19 @@ class Drafter:
     """A head at work: its cache, and what it knows at each row's last committed pair."""
 
     def __init__(
-        self, head: DraftHead, shape: Shape, capacity: int = 256, planner: Planner | None = None
+        self,
+        head: DraftHead,
+        shape: Shape,
+        capacity: int = 256,
+        planner: Planner | None = None,
+        compiled: bool = False,
     ) -> None:
         self.head = head
         self.shape = shape
         self.planner = planner  # of an Auto shape
         self.drafted: tuple[Tensor, Tensor, int] | None = None  # scores, depths, levels: to learn
         self.packing = packing(head)
+        self.call = head_call(head, compiled)
         self.cache = TreeCache(head.cached_layers, capacity)
         self.plan: Plan | None = None  # of a static shape, made once
         self.hidden: Tensor | None = None  # [B, H] at the last pair
@@ -218,7 +225,8 @@ class Drafter:
         """
         hidden = self.head.prefill(features, tokens, self.cache)
         self.cache.commit_prefix(lengths + self.head.leading)
-        self._remember(hidden, lengths)
+        self.hidden = _at_last(hidden, lengths)
+        self.logits = self.head.logits(self.hidden)
 
     def advance(self, features: Tensor, tokens: Tensor, length: Tensor, longest: int) -> None:
         """Take in accepted pairs: features `[B, P, F H]`, next tokens `[B, P]`, counts `[B]`."""
@@ -228,10 +236,10 @@ class Drafter:
         causal = (steps[None, :] <= steps[:, None]).expand(tokens.shape[0], p, p)
         with self.packing.active():
             fused = self.head.fuse(features)
-        hidden = self._forward(fused, tokens, steps.expand_as(tokens), causal, 0)
+        hidden, logits = self._forward(fused, tokens, steps.expand_as(tokens), causal, 0)
         path = steps.expand_as(tokens)
         self.cache.commit(path, length, longest + self.head.leading)
-        self._remember(hidden, length)
+        self.hidden, self.logits = _at_last(hidden, length), _at_last(logits, length)
 
     def grow(
         self, root: Tensor, sampler: Sampler | None = None, scored: bool = False
@@ -286,8 +294,7 @@ class Drafter:
             seen = _with_itself(seen[:, level.grown_above])
             positions = torch.full((b, len(level.grown)), depth - 1, device=device)
             hidden, grown = hidden[:, level.grown_above], tokens[:, level.grown]
-            hidden = self._forward(hidden, grown, positions, seen, depth)
-            logits = self.head.logits(hidden)
+            hidden, logits = self._forward(hidden, grown, positions, seen, depth)
         return DraftTree(tokens, plan.parents.expand(b, -1), plan.depths.expand(b, -1), scores)
 
     def _grow_sampled(self, shape: Sampled, sampler: Sampler) -> tuple[DraftTree, list[Tensor]]:
@@ -310,8 +317,9 @@ class Drafter:
                 break
             seen = _with_itself(seen)
             positions = torch.full((b, 1), depth - 1, device=device)
-            hidden = self._forward(hidden, tokens[-1][:, None], positions, seen, depth)
-            logits = self.head.logits(hidden)[:, 0]
+            token = tokens[-1][:, None]
+            hidden, level = self._forward(hidden, token, positions, seen, depth)
+            logits = level[:, 0]
         steps = torch.arange(shape.depth + 1, device=device)
         tree = DraftTree(
             torch.stack(tokens, 1),
@@ -345,8 +353,8 @@ class Drafter:
                 break
             seen = _with_itself(seen)
             positions = torch.full((b, width), depth - 1, device=device)
-            hidden = self._forward(hidden, token, positions, seen, depth)
-            logp, best = self._top(self.head.logits(hidden), width)  # [B, W, W]
+            hidden, logits = self._forward(hidden, token, positions, seen, depth)
+            logp, best = self._top(logits, width)  # [B, W, W]
             total = (score[:, :, None] + logp).flatten(1)  # [B, W * W]
             tokens.append(best.flatten(1))
             scores.append(total)
@@ -375,20 +383,21 @@ class Drafter:
 
     def _forward(
         self, hidden: Tensor, tokens: Tensor, ahead: Tensor, seen: Tensor, step: int
-    ) -> Tensor:
-        """One head forward in scratch; `ahead` `[B, N]` counts positions from the history's end."""
+    ) -> tuple[Tensor, Tensor]:
+        """One head forward in scratch; `ahead` `[B, N]` counts positions from the history's end.
+
+        The next hidden states `[B, N, H]` and their logits `[B, N, Vd]`.
+        """
         assert self.cache.lengths is not None
         mask = tree_mask(self.cache.lengths, self.cache.start, seen, hidden.dtype)
         positions = self.cache.lengths[:, None] + ahead
-        with self.packing.active():
-            return self.head(hidden, tokens, positions, mask, self.cache, step)
+        return self.call(hidden, tokens, positions, mask, self.cache, step)
 
-    def _remember(self, hidden: Tensor, length: Tensor) -> None:
-        """Keep the state at each row's last pair: hidden `[B, T, H]`, length `[B]`."""
-        last = (length - 1).clamp(min=0)  # rows at rest take in nothing; what they hold is unused
-        last = last[:, None, None].expand(-1, 1, hidden.shape[-1])
-        self.hidden = hidden.gather(1, last)[:, 0]
-        self.logits = self.head.logits(self.hidden)
+
+def _at_last(states: Tensor, length: Tensor) -> Tensor:
+    """Each row's state at its last pair: `[B, T, X]`, `[B]` -> `[B, X]`."""
+    last = (length - 1).clamp(min=0)  # rows at rest take in nothing; what they hold is unused
+    return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
 
 
 def _with_itself(seen: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ from transformers import (
 
 from adaspec_eagle.attention import tree_mask
 from adaspec_eagle.auto import Planner, costs_of
+from adaspec_eagle.compiled import check_compiler, target_call
 from adaspec_eagle.draft import Auto, Drafter, Shape, parse_shape
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
-from adaspec_eagle.packed import packing
 from adaspec_eagle.sampling import Row, Sampler, warpers
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import Target
@@ -139,6 +139,7 @@ def generate(
     watch: Callable[[int, list[int], int], None] | None = None,
     watch_tree: Callable[[DraftTree, Verdict], None] | None = None,
     ignore_eos: bool = False,
+    compiled: bool = False,
     allow_other_target: bool = False,
 ) -> Generation:
     """Generate with a draft head; the output is the target's own (README: lossless).
@@ -150,6 +151,7 @@ def generate(
     alone, not on the tree or the batch; row_keys: one for each row, their numbers unless given.
     watch: is called as tokens come, with (row, new tokens, how many of them were drafted);
     watch_tree: behind every round, with its tree, scores included, and what was accepted of it.
+    compiled: forwards compiled on first use, a minute's work (compiled.py).
     Raises UserError for a head that does not fit the target, for prompts that leave no room in the
     context and for values out of range.
     """
@@ -162,6 +164,8 @@ def generate(
             f"min_new_tokens {min_new_tokens} (from 0 to max_new_tokens), repetition_penalty "
             f"{repetition_penalty} (above 0)"
         )
+    if compiled:
+        check_compiler(target.device)
     if head is not None:
         head.bind(target, allow_other_target)
     cuts = warpers(temperature, top_k, top_p, min_p)
@@ -188,7 +192,7 @@ def generate(
         answers.stops = lambda row, answer: bool(
             criterion(torch.tensor([prompts[row] + answer]), None).any()
         )
-    decode(target, head, rows, shape, sampler, answers)
+    decode(target, head, rows, shape, sampler, answers, compiled)
     sequences = padded_answers(input_ids, answers.tokens, target.pad_token_id)
     return Generation(sequences, answers.tokens, answers.by_row, answers.stats)
 
@@ -213,6 +217,7 @@ def decode(
     shape: Shape,
     sampler: Sampler,
     answers: Answers,
+    compiled: bool = False,
 ) -> None:
     """The loop behind `generate`, for arguments that were checked: fills `answers`.
 
@@ -221,7 +226,7 @@ def decode(
     """
     clock = Stopwatch(target.device)
     begin = clock.now()
-    run = _Run(target, head, shape, sampler, clock, answers.watch_tree)
+    run = _Run(target, head, shape, sampler, clock, compiled, answers.watch_tree)
     with clock.part("prefill"):
         first = run.prefill(rows, answers.limit)
     for row, token in enumerate(first):
@@ -254,6 +259,7 @@ class _Run:
         shape: Shape,
         sampler: Sampler,
         clock: Stopwatch,
+        compiled: bool,
         watch_tree: Callable[[DraftTree, Verdict], None] | None = None,
     ) -> None:
         self.target = target
@@ -262,8 +268,9 @@ class _Run:
         self.sampler = sampler
         self.clock = clock
         self.watch_tree = watch_tree
-        self.packing = packing(target.model)
-        self.layers = head.config.feature_layers if head else ()
+        self.compiled = compiled
+        self.layers = tuple(head.config.feature_layers) if head else ()
+        self.forward = target_call(target, self.layers, compiled)
         self.drafter: Drafter | None = None
         self.nodes = 0  # draft nodes verified a row in the last round
         self.depths: list[int] = []  # depth of each row's draft in the last round
@@ -294,10 +301,12 @@ class _Run:
             whole = functional.pad(tokens, (0, 1)).scatter(1, lengths[:, None], self.last[:, None])
             planner = None
             if isinstance(self.shape, Auto):
-                costs = self.shape.costs
-                costs = costs or costs_of(target, self.head, len(rows), self.shape.width)
+                costs = self.shape.costs or costs_of(
+                    target, self.head, len(rows), self.shape.width, self.compiled
+                )
                 planner = Planner(costs, len(rows), self.shape.nodes)
-            self.drafter = Drafter(self.head, self.shape, min(room, FIRST_CAPACITY), planner)
+            capacity = min(room, FIRST_CAPACITY)
+            self.drafter = Drafter(self.head, self.shape, capacity, planner, self.compiled)
             self.drafter.prefill(out.features, whole, lengths)
         first = self.last.tolist()
         for b, token in enumerate(first):
@@ -333,7 +342,7 @@ class _Run:
         if self.drafter and self.drafter.planner:
             self.drafter.learn([count - 1 for count in counts])
             if not self.drafter.planner.pays():
-                self.drafter, self.layers = None, ()
+                self.drafter = None
         self._commit(verdict.path, tokens, moved, max(counts), features)
         self.last = torch.where(moved > 0, verdict.bonus, self.last)
         new = [row[3 : 3 + count] for row, count in zip(host, counts, strict=True)]
@@ -359,10 +368,7 @@ class _Run:
         mask = tree_mask(cache.lengths, cache.start, ancestors, self.target.dtype)
         # Nodes past the context's end are never emitted: any position that exists will do.
         positions = (cache.lengths[:, None] + tree.depths).clamp(max=self.target.context - 1)
-        with self.packing.active():
-            out = self.target.forward(tree.tokens, positions, mask, cache, self.layers)
-        assert out.logits is not None
-        return out.logits, out.features
+        return self.forward(tree.tokens, positions, mask, cache)
 
     def _judge(
         self,

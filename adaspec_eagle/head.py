@@ -145,6 +145,7 @@ class DraftHead(nn.Module):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
+        self.compiled: dict = {}  # what compiled.py made of it
         self.bound_to: tuple | None = None  # weights, dtype and device of the rows borrowed
         nan = torch.full((1, config.hidden_size), float("nan"))
         self.register_buffer("embed_rows", nan, persistent=False)  # [V, H] once bound

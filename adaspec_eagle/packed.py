@@ -35,7 +35,7 @@ class Packing:
 
     def __init__(self, model: nn.Module) -> None:
         twins: dict[nn.Module, PackedLinear] = {}
-        self.state = _state(model)
+        self.state = weights_state(model)
         self.places = []  # (the parent's children, name, the layer, its twin)
         for parent in model.modules() if _fits(model) else ():
             for name, child in parent._modules.items():
@@ -62,12 +62,12 @@ _PACKINGS: WeakKeyDictionary[nn.Module, Packing] = WeakKeyDictionary()
 def packing(model: nn.Module) -> Packing:
     """The model's packing, made on first use and again whenever its weights have changed."""
     found = _PACKINGS.get(model)
-    if found is None or found.state != _state(model):
+    if found is None or found.state != weights_state(model):
         found = _PACKINGS[model] = Packing(model)
     return found
 
 
-def _state(model: nn.Module) -> list[tuple]:
+def weights_state(model: nn.Module) -> list[tuple]:
     """Changes whenever a linear layer is replaced, moved or written to."""
     weights = [m.weight for m in model.modules() if type(m) is nn.Linear]
     return [(w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights]

@@ -9,12 +9,14 @@ Legend: V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 from transformers import DynamicCache
 
 from adaspec_eagle.bench import Bench, Prompt
@@ -55,13 +57,16 @@ def compare(bench: Bench, shapes: dict[str, str], margin: float) -> dict[str, di
             ids, mask = left_padded(prompts, bench.target)
             new = bench.max_new_tokens
             wanted, _ = greedy_baseline(bench.target, new, ids, mask)
-            for key, shape in shapes.items():
-                answers, _ = decode(bench, shape, ids, mask)
-                for prompt, one, answer in zip(prompts, wanted, answers, strict=True):
-                    if one != answer:
-                        found[key].append(difference(bench.target, prompt, one, answer))
-                    if bench.target.dtype in HALF:
-                        gaps[key] += token_gaps(bench.target, prompt.ids, answer)
+            made = {key: decode(bench, shape, ids, mask)[0] for key, shape in shapes.items()}
+            for row, (prompt, one) in enumerate(zip(prompts, wanted, strict=True)):
+                for key, answers in made.items():
+                    if one != answers[row]:
+                        found[key].append(difference(bench.target, prompt, one, answers[row]))
+                if bench.target.dtype in HALF:
+                    mine = [answers[row] for answers in made.values()]
+                    scored = token_gaps(bench.target, prompt.ids, mine)
+                    for key, values in zip(made, scored, strict=True):
+                        gaps[key] += values
     total = sum(len(source.prompts) for source in bench.sources)
     dtype = bench.target.dtype
     return {k: judge(s, dtype, found[k], gaps[k], total, margin) for k, s in shapes.items()}
@@ -126,16 +131,30 @@ def difference(target: Target, prompt: Prompt, wanted: list[int], answer: list[i
 
 
 @torch.no_grad()
-def token_gaps(target: Target, prompt: list[int], answer: list[int]) -> list[float]:
-    """For each token of an answer: the target's largest logit minus that token's, one at a time."""
-    cache, gaps, new = DynamicCache(config=target.model.config), [], prompt
-    for token in answer:
-        ids = torch.tensor([new], device=target.device)
-        out = target.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = out.logits[0, -1].float()  # [V]
-        gaps.append((logits.max() - logits[token]).item())
-        new = [token]
-    return gaps
+def token_gaps(target: Target, prompt: list[int], answers: list[list[int]]) -> list[list[float]]:
+    """Of every token of every answer: the target's largest logit minus that token's.
+
+    Tokens are fed one at a time; what an answer has in common with the one before it is not fed
+    again.
+    """
+    cache = DynamicCache(config=target.model.config)
+    fed: list[int] = []  # tokens of an answer that the cache holds, behind the prompt
+    logits: list[Tensor] = []  # [V] each, behind the first 0, 1, ... of them
+    found = []
+    for answer in answers:
+        same = len(commonprefix([fed, answer]))
+        if same < len(fed):
+            cache.crop(same - len(fed))
+        fed, logits = fed[:same], logits[: same + 1]
+        while len(logits) < len(answer):
+            new = answer[len(fed) : len(fed) + 1] if logits else prompt
+            fed += new if logits else []
+            ids = torch.tensor([new], device=target.device)
+            out = target.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits.append(out.logits[0, -1].float())
+        pairs = zip(logits, answer, strict=False)
+        found.append([(scores.max() - scores[token]).item() for scores, token in pairs])
+    return found
 
 
 def agreement(target: Target, units: Sequence[Unit], key: str) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class Target:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.context: int = getattr(self.config, "max_position_embeddings", None) or 2048
         self.fingerprint = fingerprint(model)
+        self.compiled: dict = {}  # what compiled.py made of it
         self.eos_token_ids = _eos_token_ids(model)
         pad = model.generation_config.pad_token_id
         self.pad_token_id: int = pad if pad is not None else (self.eos_token_ids + [0])[0]
@@ -166,8 +167,23 @@ class Target:
         indices of `hidden_states`: 0 is the embedding, i the input of layer i, num_layers the
         final, normed one.
         """
+        if mask is None:
+            return self.run(tokens, positions, mask, cache, feature_layers, logits)
+        with grouped(self.config):
+            return self.run(tokens, positions, mask, cache, feature_layers, logits)
+
+    def run(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
+        feature_layers: Sequence[int] = (),
+        logits: bool = True,
+    ) -> TargetOutput:
+        """`forward` with the attention that the model has at the moment."""
         inner = [i for i in feature_layers if i < self.num_layers]
-        out = self.run_decoder(self.model.base_model, tokens, positions, mask, cache, inner)
+        out = _run_decoder(self.model.base_model, tokens, positions, mask, cache, inner)
         hidden = out.last_hidden_state  # [B, N, H]
         layers = [out.hidden_states[i] if i in inner else hidden for i in feature_layers]
         features = torch.cat(layers, dim=-1) if layers else hidden[..., :0]  # [B, N, F H]
@@ -188,14 +204,7 @@ class Target:
         """
         config: Any = model.config
         with nullcontext() if mask is None else grouped(config.get_text_config()):
-            return model(
-                input_ids=tokens,
-                position_ids=positions,
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                output_hidden_states=list(hidden_states) or None,
-            )
+            return _run_decoder(model, tokens, positions, mask, cache, hidden_states)
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """Output layer over hidden `[..., H]` -> `[..., V]`, or `[..., R]` for row ids `[R]`."""
@@ -222,6 +231,24 @@ class Target:
         names = {"user": "User", "assistant": "Assistant", "system": "System"}
         turns = [f"{names[m['role']]}: {m['content']}\n\n" for m in messages]
         return self.tokenizer("".join(turns) + "Assistant:")["input_ids"]
+
+
+def _run_decoder(
+    model: torch.nn.Module,
+    tokens: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    cache: Cache | None,
+    hidden_states: Sequence[int],
+) -> Any:
+    return model(
+        input_ids=tokens,
+        position_ids=positions,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        output_hidden_states=list(hidden_states) or None,
+    )
 
 
 def fingerprint(model: torch.nn.Module) -> str:

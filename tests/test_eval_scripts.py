@@ -13,6 +13,7 @@ from adaspec_eagle.bench import Prompt, draft_shapes, find_head
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.figures import BASELINES, RATIOS, total
 from adaspec_eagle.measure import PARTS, greedy_baseline, left_padded
+from adaspec_eagle.rescore import token_gaps
 from adaspec_eagle.stats import AcceptanceStats
 
 EVAL = Path(__file__).parents[1] / "eval"
@@ -194,6 +195,16 @@ def test_lossless_passes_in_every_dtype_by_its_own_rule(here, capsys, dtype):
     for mode in result["modes"].values():
         assert (mode["rescored"] is not None) == (dtype == "bfloat16")
         assert len(mode["differences"]) == mode["total"] - mode["matched"]
+
+
+def test_answers_rescored_together_score_as_each_does_in_one_forward():
+    """They share their beginnings: one goes on, one stops early, one differs from the start."""
+    target = tiny_target()
+    answers = [[9, 10, 11, 12], [9, 10, 13, 14, 15], [9, 10], [16, 17]]
+    for answer, gaps in zip(answers, token_gaps(target, [5, 6, 7], answers), strict=True):
+        logits = target.model(torch.tensor([[5, 6, 7, *answer]])).logits[0, 2:-1].detach()
+        wanted = logits.amax(-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(gaps), wanted.float())
 
 
 def test_lossless_fails_where_an_answer_is_not_the_targets(here, capsys, monkeypatch):

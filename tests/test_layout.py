@@ -22,6 +22,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"sampling", "formats"},
     {"card", "published"},
     {"head", "data", "features", "hub", "apart"},
+    {"compiled"},
     {"auto"},
     {"draft", "unroll"},
     {"generate"},

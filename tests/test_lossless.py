@@ -1,5 +1,6 @@
 """The output is the target's own, in float64, for every head, tree, architecture and batch."""
 
+import gc
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from adaspec_eagle import generate
 from adaspec_eagle.cache import TreeCache
 from adaspec_eagle.draft import Drafter, Dynamic, chain
+from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead, HeadConfig, built_in_heads
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_head, tiny_target
 
@@ -129,6 +131,25 @@ def test_accepted_nodes_are_committed_in_ragged_rows(arch, tree):
         assert generate(target, head, alone, max_new_tokens=24).answers[0] == found.answers[row]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_every_row_of_a_batch_equals_its_output_alone(rows, temperature):
+    """Ragged prompts; the oracle knows some rows' answers, the others end later."""
+    target = tiny_target()
+    torch.manual_seed(5)
+    ids = torch.randint(8, VOCAB, (rows, 9))
+    mask = (torch.arange(9) >= torch.tensor([0, 3, 6, 1, 8, 2, 5, 7])[:rows, None]).long()
+    head = oracle(target, ids[:4], mask[:4], depth=3)
+    options = {"max_new_tokens": 16, "temperature": temperature, "seed": 6}
+    for tree in TREES:
+        found = generate(target, head, ids, mask, tree=tree, **options)
+        for row in range(rows):
+            alone = ids[row][mask[row].bool()][None]
+            one = generate(target, head, alone, tree=tree, row_keys=[row], **options)
+            assert one.answers[0] == found.answers[row]
+    assert temperature or found.stats.tau > 1.2
+
+
 def test_rows_at_rest_in_a_large_batch_change_nothing():
     """More than eight rows: those that have ended stay in the batch until a quarter has.
 
@@ -194,3 +215,49 @@ def test_generation_leaves_the_model_as_it_was():
     ids, mask = prompts(1)
     generate(target, head, ids, mask, max_new_tokens=8)
     assert (target.model.config._attn_implementation, set(vars(target.model))) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_new_tokens": 9999}, "context"),
+        ({"tree": "chain:0"}, "chain of 0"),
+        ({"tree": "bush"}, "unknown tree"),
+        ({"temperature": -1.0}, "temperature -1"),
+        ({"temperature": 1.0, "seed": -1}, "seed -1"),
+        ({"temperature": 1.0, "top_p": 2.0}, "top_p 2"),
+        ({"min_new_tokens": 99}, "min_new_tokens 99"),
+        ({"head": "other"}, "trained for"),
+        ({"poison": float("nan")}, "hidden state 0, at token 2"),
+        ({"poison": float("inf")}, "hidden state 0, at token 2"),
+    ],
+    ids=str,
+)
+def test_a_refused_input_leaves_the_model_unharmed(options, named):
+    """The message names the value; no attribute, hook or cache stays; good input works again."""
+    target = tiny_target()
+    head, ids = tiny_head(target), torch.tensor([[9, 10, 50, 11]])
+    wanted = generate(target, head, ids, max_new_tokens=8).answers
+    row = target.embedding.data[50].clone()
+    if "poison" in options:
+        target.embedding.data[50] = options["poison"]
+    wrong = tiny_head(tiny_target("qwen3")) if options.get("head") else head
+    before = facts(target)
+    given = {k: v for k, v in options.items() if k not in ("head", "poison")}
+    with pytest.raises(UserError, match=named):
+        generate(target, wrong, ids, **{"max_new_tokens": 8} | given)
+    gc.collect()
+    assert facts(target) == before
+    target.embedding.data[50] = row
+    assert generate(target, head, ids, max_new_tokens=8).answers == wanted
+
+
+def facts(target) -> tuple:
+    """What a call must leave as it was: attributes, layers, hooks, attention; caches in memory."""
+    modules = [
+        (name, type(m).__name__, sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for name, m in target.model.named_modules()
+    ]
+    caches = sum(type(thing) is TreeCache for thing in gc.get_objects())
+    return modules, target.config._attn_implementation, target.model.training, caches

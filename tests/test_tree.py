@@ -64,7 +64,7 @@ def test_dynamic_tree_holds_the_most_probable_paths():
         for t in first.topk(12).indices.tolist():
             token = head.to_target(torch.tensor([[t]]))
             seen = torch.ones(1, 1, 1, dtype=torch.bool)
-            hidden = drafter._forward(
+            hidden, _ = drafter._forward(
                 drafter.hidden[:, None], token, torch.zeros(1, 1, dtype=torch.long), seen, 1
             )
             drafter.cache.rollback()
