@@ -22,7 +22,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from adaspec_eagle.attention import exact_dtype
 from adaspec_eagle.data import Record
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.features import FeatureTable, split_rows, target_rows
+from adaspec_eagle.feature_store import StoredRows
+from adaspec_eagle.features import FeatureTable, padded_rows, split_rows, target_rows
 from adaspec_eagle.fused import Output, chunked_losses, chunks
 from adaspec_eagle.head import DraftHead, new_head
 from adaspec_eagle.losses import (
@@ -96,7 +97,7 @@ class AnswerSet(Dataset):
     def __init__(
         self,
         records: Sequence[Record],
-        table: FeatureTable | None = None,
+        table: FeatureTable | StoredRows | None = None,
         reference: Sequence[Tensor] | None = None,
     ) -> None:
         self.records = records
@@ -118,7 +119,7 @@ class AnswerSet(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if index in self.rewritten:
             record, rows = self.rewritten[index]
         else:
@@ -126,7 +127,7 @@ class AnswerSet(Dataset):
         ids = torch.tensor(record.prompt_ids + record.answer_ids)
         mask = torch.zeros(len(ids), dtype=torch.bool)
         mask[len(record.prompt_ids) :] = True
-        item = {"input_ids": ids, "loss_mask": mask}
+        item: dict[str, Any] = {"input_ids": ids, "loss_mask": mask}
         if rows is not None:
             item["target_rows"] = rows
         if self.reference is not None:
@@ -138,12 +139,17 @@ class AnswerSet(Dataset):
         return [len(record.prompt_ids) + len(record.answer_ids) for record in self.records]
 
 
-def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Pad on the right with zeros: ids and loss_mask `[B, T]`, target_rows `[B, T, W]`, ..."""
-    return {
-        name: torch.nn.utils.rnn.pad_sequence([item[name] for item in items], batch_first=True)
-        for name in items[0]
-    }
+def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Pad on the right with zeros: ids and loss_mask `[B, T]`, target_rows `[B, T, W]`, ...
+
+    Rows that are still being read stay a list; `make_batch` waits for them.
+    """
+
+    def together(parts: list[Any]) -> Any:
+        ready = all(isinstance(part, Tensor) for part in parts)
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) if ready else parts
+
+    return {name: together([item[name] for item in items]) for name in items[0]}
 
 
 def target_tokens(target: Target, head: DraftHead, batch: Batch, full: bool) -> TargetTokens:
@@ -170,12 +176,12 @@ def target_output(target: Target, head: DraftHead) -> Output:
 
 
 @torch.no_grad()
-def make_batch(target: Target, head: DraftHead, item: Mapping[str, Tensor]) -> Batch:
+def make_batch(target: Target, head: DraftHead, item: Mapping[str, Any]) -> Batch:
     """A collated item with the target's features: from the table, or by running the target."""
     layers = head.config.feature_layers
     ids = item["input_ids"].to(target.device)
     if "target_rows" in item:
-        rows = item["target_rows"].to(target.device)
+        rows = padded_rows(item["target_rows"]).to(target.device)
     else:
         rows = target_rows(target, ids, layers)
     features, hidden = split_rows(rows, target, layers)

@@ -17,7 +17,8 @@ from adaspec_eagle.callbacks import Interrupted, ProgressLine, StopGently, newes
 from adaspec_eagle.data import load_training, read_jsonl
 from adaspec_eagle.distill import AnswerSet, Distiller, Objective
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.features import MODES, FeatureTable, choose_mode, row_width
+from adaspec_eagle.feature_store import INDEX
+from adaspec_eagle.features import MODES, choose_mode, row_width
 from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new_head
 from adaspec_eagle.losses import loss_terms
 from adaspec_eagle.onpolicy import OnPolicy
@@ -76,7 +77,7 @@ class TrainConfig:
     evaluations: int = 6  # a stage
     take: str = "best"  # which weights a stage ends with: best by tau_sim, or last
     on_policy: float = 0.0  # share of the answers that the head rewrites, from the second epoch on
-    features: str | None = None  # memory, disk, recompute; None: by size
+    features: str | None = None  # memory, disk, recompute, a store's folder; None: by size
     seed: int = 0
     dtype: str | None = None
     device: str | None = None
@@ -90,13 +91,17 @@ class TrainConfig:
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("start", self.start, ("target", "random")),
             ("take", self.take, ("best", "last")),
-            ("features", self.features, (None, *MODES)),
         )
         for name, value, known in choices:
             if value not in known:
                 raise UserError(
                     f"unknown --{name} {value!r}; choose one of {', '.join(map(str, known))}"
                 )
+        if self.features not in (None, *MODES) and not Path(str(self.features), INDEX).exists():
+            raise UserError(
+                f"--features {self.features}: neither {', '.join(MODES)} nor the folder of a "
+                "feature store (make_data.py --write-features)"
+            )
         least = {"batch_size": 1, "accumulate": 1, "max_length": 4, "tokens": 1}
         least |= {"evaluations": 1, "held_back": 1}
         for name, low in least.items():
@@ -327,8 +332,7 @@ def _fill(made: Prepared, target: Target, layers: list[int], out: Path, mode: st
     begin, cut = time.perf_counter(), len(made.train)
     records = [*made.train.records, *made.held_back.records]
     table = compute_features(target, records, layers, out, mode)
-    made.train.table = FeatureTable(table.rows, table.offsets[: cut + 1])
-    made.held_back.table = FeatureTable(table.rows, table.offsets[cut:])
+    made.train.table, made.held_back.table = table.split(cut)
     made.facts["feature_seconds"] = time.perf_counter() - begin
 
 

@@ -49,7 +49,7 @@ HELP = {
     "evaluations": "evaluations and checkpoints of a stage",
     "take": "the weights that a stage ends with: best (by tau_sim on held-back records) or last",
     "on_policy": "share of the answers that the head rewrites, anew each epoch from the second on",
-    "features": "memory, disk or recompute; by default by size",
+    "features": "memory, disk, recompute or a folder of make_data.py --write-features; by size",
     "seed": "of weights, batches and self-written data",
     "dtype": "bfloat16, float32 or float64; by default what the device computes natively",
     "device": "cpu, cuda, cuda:1, ...",

@@ -247,14 +247,12 @@ def test_adaspec_without_a_reference_is_refused(tmp_path):
         distiller(tmp_path, tiny_head(target), target, Objective(select="adaspec"))
 
 
-@pytest.mark.parametrize("mapped", [False, True], ids=["memory", "disk"])
-def test_a_feature_table_holds_what_the_target_gives(tmp_path, mapped):
+def test_a_feature_table_holds_what_the_target_gives():
     target = tiny_target()
     head = tiny_head(target)
     layers = head.config.feature_layers
     ids = [r.prompt_ids + r.answer_ids for r in RECORDS]
-    file = tmp_path / "rows.bin" if mapped else None
-    done, table = list(make_table(target, ids, layers, file, batch_tokens=40))[-1]
+    done, table = list(make_table(target, ids, layers, batch_tokens=40))[-1]
     assert done == sum(map(len, ids))
     for index, record_ids in enumerate(ids):
         features, hidden = split_rows(table[index][None], target, layers)

@@ -22,7 +22,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"sampling", "formats"},
     {"card", "published"},
     {"head", "data", "features", "hub", "apart"},
-    {"auto"},
+    {"auto", "feature_store"},
     {"draft", "unroll"},
     {"generate"},
     {"distill", "selfdata", "asks", "estimate", "plug", "chat"},
