@@ -48,6 +48,7 @@ from adaspec_eagle.selection import (
 from adaspec_eagle.targets import Target
 from adaspec_eagle.unroll import Batch, first_index, step_masks, step_states, supervised, unroll
 from adaspec_eagle.watch import Watch, frequency_bands
+from adaspec_eagle.zero import split_frozen, zero_stage
 
 
 @dataclass(frozen=True)
@@ -393,6 +394,14 @@ class Distiller(Trainer):
         self.target = target
         self.objective: Objective = objective
         self.reference = reference
+        if zero_stage() == 3:
+            if self.student.average is not None:
+                raise UserError(
+                    f"--select {objective.select} keeps an average of the head's weights, which "
+                    "ZeRO 3 splits; launch with scripts/accelerate/zero2.yaml"
+                )
+            if reference is not None:
+                split_frozen(reference)
         self.optimizer_name = optimizer
         answers = self.train_dataset
         assert isinstance(answers, AnswerSet)

@@ -40,7 +40,7 @@ HELP = {
     "epochs": "passes over the data for the draft head",
     "reference_epochs": "passes for the reference head (as many as --epochs)",
     "start": "target: a fresh head takes the target's last layer where it fits; or random",
-    "optimizer": "muon (AdamW for what is no matrix) or adamw",
+    "optimizer": "muon (AdamW for what is no matrix; the default), or adamw (under ZeRO)",
     "lr": "peak learning rate, cosine (muon 3e-3, adamw 1e-3)",
     "batch_size": "records of a micro-batch",
     "accumulate": "micro-batches of a step",

@@ -21,7 +21,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"targets", "verify", "storage"},
     {"sampling", "formats"},
     {"card", "published"},
-    {"head", "data", "features", "hub", "apart"},
+    {"head", "data", "features", "hub", "apart", "zero"},
     {"auto", "feature_store"},
     {"draft", "unroll"},
     {"generate"},

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from adaspec_eagle import zero
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.train import TrainConfig, run_training
 from tests.records import answers_file
@@ -26,20 +27,32 @@ def launch(*arguments: str, config: str = "data_parallel") -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port]
-    command += ["--config_file", f"scripts/accelerate/{config}.yaml", *arguments]
+    command += ["--config_file", f"scripts/accelerate/{config}.yaml"]
+    command += [*(["--cpu"] if config.startswith("zero") else []), *arguments]
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment |= {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("kind", ["DeepSpeed", "FSDP"])
-def test_launchers_that_split_weights_are_refused_by_name(tmp_path, monkeypatch, kind):
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")
-    with pytest.raises(UserError, match=f"{kind} is not supported.*data_parallel"):
-        run_training(TrainConfig(), tmp_path / "none")
+@pytest.mark.parametrize(
+    ("kind", "installed", "config", "words"),
+    [
+        ("FSDP", True, {}, "FSDP is not supported.*ZeRO"),
+        ("DEEPSPEED", False, {}, "not installed: pip install deepspeed, or .*data_parallel"),
+        ("DEEPSPEED", True, {"optimizer": "muon"}, "muon needs whole weight.*--optimizer adamw"),
+    ],
+)
+def test_what_a_launch_cannot_have_is_refused_by_name(
+    tmp_path, monkeypatch, kind, installed, config, words
+):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    monkeypatch.setattr(zero, "deepspeed_installed", lambda: installed)
+    with pytest.raises(UserError, match=words):
+        run_training(TrainConfig(**config), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -49,13 +62,32 @@ def test_two_processes_equal_one_that_accumulates_two_micro_batches(tmp_path, se
     """Gradients of the first step and weights after two, in float32, to a relative 1e-5."""
     launch("tests/several.py", str(tmp_path / "two"), select)
     two, one = load_file(tmp_path / "two"), train(select)
+    assert two.keys() - one.keys() == {"processes"}
+    assert any(name.startswith("gradient.") for name in one)
+    assert_same(two, one)
+
+
+def assert_same(two: dict, one: dict) -> None:
+    """Two processes' weights and gradients, those of one to a relative 1e-5."""
     assert int(two.pop("processes")) == 2
-    assert two.keys() == one.keys()
-    for name in one:
+    for name in (name for name in two if not name.startswith("held.")):
+        assert torch.isfinite(two[name]).all(), name
         difference = (two[name] - one[name]).norm() / one[name].norm()
         assert difference < 1e-5, name
-    assert any(name.startswith("gradient.") for name in one)
-    assert all(torch.isfinite(value).all() for value in two.values())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("select", ["none", "adaspec"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_equals_one_process_that_accumulates(tmp_path, stage, select):
+    """Weights after two steps; ZeRO 3 leaves each process half of the frozen weights."""
+    pytest.importorskip("deepspeed")
+    launch("tests/several.py", str(tmp_path / "two"), select, "adamw", config=f"zero{stage}")
+    two, one = load_file(tmp_path / "two"), train(select, "adamw")
+    assert_same(two, one)
+    for name in ("held.target", "held.reference"):
+        share = float(two[name] / one[name])
+        assert share == pytest.approx(0.5 if stage == 3 else 1, rel=0.1), name
 
 
 @pytest.mark.slow
