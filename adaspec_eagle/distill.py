@@ -302,11 +302,15 @@ class StepLosses:
 
 
 def step_losses(
-    head: DraftHead, objective: Objective, batch: Batch, tokens: TargetTokens
+    head: DraftHead,
+    objective: Objective,
+    batch: Batch,
+    tokens: TargetTokens,
+    recompute: bool = False,
 ) -> StepLosses:
-    """Unroll the head and compare it with the target."""
+    """Unroll the head (recompute: as `unroll`) and compare it with the target."""
     begin = first_index(batch.positions, objective.unroll)
-    states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin)
+    states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin, recompute)
     picked = torch.stack(step_states(states, batch, begin))  # [S, M, H]
     distilled, observed = chunked_losses(
         objective.loss,
@@ -339,13 +343,16 @@ class Student(nn.Module):
     """The head and its objective as one module: what the Trainer wraps, casts and synchronises.
 
     average: where the selection asks for it, the head's moving average, which takes the reference
-    head's place; it travels with the checkpoints.
+    head's place; it travels with the checkpoints. recompute: gradient checkpointing (unroll.py).
     """
 
-    def __init__(self, head: DraftHead, objective: Objective, target: Target) -> None:
+    def __init__(
+        self, head: DraftHead, objective: Objective, target: Target, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.head = head
         self.objective = objective
+        self.recompute = recompute
         self.average: DraftHead | None = None
         if "average" in needs(objective.select):
             self.average = new_head(head.config).train().to(next(head.parameters()).dtype)
@@ -354,7 +361,7 @@ class Student(nn.Module):
 
     def forward(self, batch: Batch, tokens: TargetTokens) -> StepLosses:
         """The losses of the head."""
-        return step_losses(self.head, self.objective, batch, tokens)
+        return step_losses(self.head, self.objective, batch, tokens, self.recompute)
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -384,11 +391,12 @@ class Distiller(Trainer):
         objective: Objective,
         reference: DraftHead | None = None,
         optimizer: str = "muon",
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         if "reference" in needs(objective.select) and reference is None:
             raise UserError(f"--select {objective.select} needs a reference head (--reference DIR)")
-        self.student = Student(head, objective, target)
+        self.student = Student(head, objective, target, recompute)
         super().__init__(model=self.student, data_collator=collate, **kwargs)
         self.head = head
         self.target = target

@@ -41,7 +41,7 @@ from adaspec_eagle.processes import (
 )
 from adaspec_eagle.record import environment, write_json, write_text
 from adaspec_eagle.selection import check_selection, needs, parse_keep
-from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
+from adaspec_eagle.targets import ATTENTIONS, DEFAULT_TARGET, Target, describe
 from adaspec_eagle.zero import SplitTarget, gathered, zero_stage
 
 METHODS = {"adaspec": "adaspec", "distillspec": "none"}  # preset -> selection
@@ -73,6 +73,7 @@ class TrainConfig:
     lr: float | None = None  # None: what suits the optimiser
     batch_size: int = 8
     accumulate: int = 1
+    gradient_checkpointing: bool = False
     max_length: int = 512
     held_back: int = 64  # records kept for evaluation (at most a tenth)
     evaluations: int = 6  # a stage
@@ -82,6 +83,7 @@ class TrainConfig:
     seed: int = 0
     dtype: str | None = None
     device: str | None = None
+    attn: str | None = None  # the target's attention; None: what transformers takes
 
     def __post_init__(self) -> None:
         parse_keep(self.keep)
@@ -92,6 +94,7 @@ class TrainConfig:
             ("optimizer", self.optimizer, (None, *OPTIMIZERS)),
             ("start", self.start, ("target", "random")),
             ("take", self.take, ("best", "last")),
+            ("attn", self.attn, (None, *ATTENTIONS)),
         )
         for name, value, known in choices:
             if value not in known:
@@ -179,7 +182,8 @@ def run_training(
     config.device = device or config.device
     kind = head_class(config.head)
     if workshop is None:
-        target = Target.load(config.target, config.dtype, config.device)
+        more = {"attn_implementation": config.attn} if config.attn else {}
+        target = Target.load(config.target, config.dtype, config.device, **more)
         say(describe(target))
         workshop = Workshop(SplitTarget(target) if zero_stage() == 3 else target)
     target = workshop.target
@@ -402,6 +406,7 @@ def _stage(
         objective=objective,
         reference=reference,
         optimizer=job.config.optimizer or "muon",
+        recompute=job.config.gradient_checkpointing,
         args=_arguments(job, checkpoints, epochs),
         train_dataset=train,
         eval_dataset=job.data.held_back,

@@ -81,13 +81,11 @@ class SplitTarget(Target):
     def __init__(self, target: Target) -> None:
         self.__dict__.update(target.__dict__)
         bias = target.output_bias
-        self.borrowed = (
-            target.embedding.detach().clone(),
-            target.output_rows.detach().clone(),
-            None if bias is None else bias.detach().clone(),
+        self.borrowed = (  # their memory stays when the weights are split
+            target.embedding.detach(),
+            target.output_rows.detach(),
+            None if bias is None else bias.detach(),
         )
-        if target.embedding is target.output_rows:  # tied: one copy serves both
-            self.borrowed = (self.borrowed[0], self.borrowed[0], self.borrowed[2])
         split_frozen(self.model.base_model)
 
     @property

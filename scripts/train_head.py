@@ -44,6 +44,7 @@ HELP = {
     "lr": "peak learning rate, cosine (muon 3e-3, adamw 1e-3)",
     "batch_size": "records of a micro-batch",
     "accumulate": "micro-batches of a step",
+    "gradient_checkpointing": "compute a step's activations again for its gradient: less memory",
     "max_length": "tokens of a record, prompt included; longer answers are cut",
     "held_back": "records kept for evaluation, at most a tenth",
     "evaluations": "evaluations and checkpoints of a stage",
@@ -53,6 +54,7 @@ HELP = {
     "seed": "of weights, batches and self-written data",
     "dtype": "bfloat16, float32 or float64; by default what the device computes natively",
     "device": "cpu, cuda, cuda:1, ...",
+    "attn": "attention of the target: sdpa, eager, flash_attention_2 (needs flash-attn)",
 }
 
 

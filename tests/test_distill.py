@@ -288,6 +288,27 @@ def test_tau_sim_is_one_plus_the_mean_product_of_matches():
     assert found["match"] == pytest.approx([sum(m) / len(m) for m in matches])
 
 
+@pytest.mark.parametrize("name", ["eagle1", "eagle3"])
+def test_activations_computed_again_give_the_same_gradient(name):
+    """To the bit, with less kept for the backward pass."""
+    target = tiny_target()
+    head, objective = tiny_head(target, name).train(), Objective(unroll=3)
+    batch = make_batch(target, head, collate([AnswerSet(RECORDS)[i] for i in range(8)]))
+    tokens = target_tokens(target, head, batch, full=False)
+    kept, gradients = [], []
+    for recompute in (False, True):
+        head.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept[-1].append(t.nbytes) or t, lambda t: t
+        ):
+            kept.append([])
+            losses = step_losses(head, objective, batch, tokens, recompute)
+        losses.total.sum().backward()
+        gradients.append({n: w.grad.clone() for n, w in head.named_parameters()})
+    assert sum(kept[1]) < sum(kept[0]) / 2
+    assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
+
+
 @pytest.mark.parametrize("select", ["none", "adaspec"])
 def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path, select):
     target = tiny_target()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,8 +28,7 @@ def launch(*arguments: str, config: str = "data_parallel") -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port]
-    command += ["--config_file", f"scripts/accelerate/{config}.yaml"]
-    command += [*(["--cpu"] if config.startswith("zero") else []), *arguments]
+    command += ["--config_file", f"scripts/accelerate/{config}.yaml", *arguments]
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment |= {"DS_ACCELERATOR": "cpu"}
@@ -90,10 +90,8 @@ def test_zero_equals_one_process_that_accumulates(tmp_path, stage, select):
         assert share == pytest.approx(0.5 if stage == 3 else 1, rel=0.1), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("features", ["memory", "disk"])
-def test_the_whole_job_in_two_processes_equals_the_one_that_accumulates(tmp_path, features):
-    """Data, features, evaluation, checkpoints and the saved head; then nothing is left to do."""
+def job(tmp_path: Path, **changes) -> tuple[dict, list[str]]:
+    """Settings of a short run, as TrainConfig takes them and as flags of train_head.py."""
     settings = {
         "target": tiny_target_folder(tmp_path / "target"),
         "data": [answers_file(tmp_path / "answers.jsonl")],
@@ -102,17 +100,45 @@ def test_the_whole_job_in_two_processes_equals_the_one_that_accumulates(tmp_path
         "epochs": 2.0,
         "evaluations": 2,
         "batch_size": 3,
-        "features": features,
-    }
-    one = run_training(TrainConfig(**settings, accumulate=2), tmp_path / "one")
-    flags = []
+    } | changes
+    flags = ["scripts/train_head.py"]
     for name, value in settings.items():
         words = value if isinstance(value, list) else [str(value)]
         flags += ["--" + name.replace("_", "-"), *words]
-    command = ["scripts/train_head.py", *flags, "--out", str(tmp_path / "two")]
+    return settings, flags
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["memory", "disk"])
+def test_the_whole_job_in_two_processes_equals_the_one_that_accumulates(tmp_path, features):
+    """Data, features, evaluation, checkpoints and the saved head; then nothing is left to do."""
+    settings, flags = job(tmp_path, features=features)
+    one = run_training(TrainConfig(**settings, accumulate=2), tmp_path / "one")
+    command = [*flags, "--out", str(tmp_path / "two")]
     launch(*command)
     launch(*command, "--resume")
-    two = tmp_path / "two" / "head"
+    assert_same_head(one, tmp_path / "two" / "head")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_whole_job_under_zero_equals_the_one_that_accumulates(tmp_path, stage):
+    """Reference and draft head; then again from a checkpoint in the middle."""
+    pytest.importorskip("deepspeed")
+    settings, flags = job(tmp_path, method="adaspec", optimizer="adamw", dtype="float32")
+    one = run_training(TrainConfig(**settings, accumulate=2), tmp_path / "one")
+    command, out = [*flags, "--out", str(tmp_path / "two")], tmp_path / "two"
+    launch(*command, config=f"zero{stage}")
+    assert_same_head(one, out / "head")
+    shutil.rmtree(out / "head")
+    checkpoints = out / "checkpoints" / "head"
+    shutil.rmtree(max(checkpoints.iterdir(), key=lambda p: int(p.name.rpartition("-")[2])))
+    launch(*command, "--resume", config=f"zero{stage}")
+    assert_same_head(one, out / "head")
+
+
+def assert_same_head(one: Path, two: Path) -> None:
+    """The same number of steps, and weights that differ by rounding at most."""
     wanted, found = (load_file(folder / "model.safetensors") for folder in (one, two))
     steps, ours = (json.loads((f / "train.json").read_text())["steps"] for f in (one, two))
     assert steps == ours
