@@ -403,10 +403,11 @@ class Distiller(Trainer):
         self.objective: Objective = objective
         self.reference = reference
         if zero_stage() == 3:
-            if self.student.average is not None:
+            if self.student.average is not None or head.config.train_output:
+                what = "--train-output" if head.config.train_output else objective.select
                 raise UserError(
-                    f"--select {objective.select} keeps an average of the head's weights, which "
-                    "ZeRO 3 splits; launch with scripts/accelerate/zero2.yaml"
+                    f"{what} reads weights of the head apart from its layers, where ZeRO 3 has them "
+                    "split; launch with scripts/accelerate/zero2.yaml"
                 )
             if reference is not None:
                 split_frozen(reference)

@@ -357,7 +357,7 @@ def test_another_attention_of_the_target_changes_nothing(folder):
         target_rows(Target.load(folder / "target", "float64", attn_implementation=name), ids, [2])
         for name in ("sdpa", "eager")
     ]
-    torch.testing.assert_close(*rows)
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-6)  # eager softmax is in float32
 
 
 @pytest.mark.parametrize("name", built_in_heads())
