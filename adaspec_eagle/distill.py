@@ -406,8 +406,8 @@ class Distiller(Trainer):
             if self.student.average is not None or head.config.train_output:
                 what = "--train-output" if head.config.train_output else objective.select
                 raise UserError(
-                    f"{what} reads weights of the head apart from its layers, where ZeRO 3 has them "
-                    "split; launch with scripts/accelerate/zero2.yaml"
+                    f"{what} reads weights of the head apart from its layers, where ZeRO 3 has "
+                    "them split; launch with scripts/accelerate/zero2.yaml"
                 )
             if reference is not None:
                 split_frozen(reference)

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from functools import reduce
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -111,7 +110,7 @@ def checksum(parts: Mapping[str, Tensor]) -> int:
 
 
 class FeatureStore:
-    """A store that is there. Raises UserError for a folder without one, or a shard cut short."""
+    """A store that is there. Raises UserError for a folder without one."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -123,8 +122,11 @@ class FeatureStore:
             )
         lines = [item for _, item in numbered_lines(index)]
         self.form = Form(**lines[0])
-        self.shards = [Shard(**line) for line in lines[1:]]
-        self.places = {key: (shard, n) for shard in self.shards for n, key in enumerate(shard.keys)}
+        self._take([Shard(**line) for line in lines[1:]])
+
+    def _take(self, shards: list[Shard]) -> None:
+        self.shards = shards
+        self.places = {key: (shard, n) for shard in shards for n, key in enumerate(shard.keys)}
 
     def check_sizes(self) -> None:
         """Raise UserError for a shard that is missing or cut short: all that is seen at a look."""
@@ -177,12 +179,12 @@ class FeatureStore:
         wrong = {shard.file: self._fault(shard) for shard in self.shards}
         found = [text for text in wrong.values() if text]
         if found:
-            lines: list[Any] = [self.form, *(s for s in self.shards if not wrong[s.file])]
-            text = "".join(one_line(asdict(line)) + "\n" for line in lines)
-            write_text(self.folder / INDEX, text)
-            for file in (name for name, text in wrong.items() if text):
+            whole = [shard for shard in self.shards if not wrong[shard.file]]
+            lines = [one_line(asdict(self.form)), *(one_line(asdict(shard)) for shard in whole)]
+            write_text(self.folder / INDEX, "\n".join(lines) + "\n")
+            for file in (name for name, fault in wrong.items() if fault):
                 (self.folder / file).unlink(missing_ok=True)
-            self.__init__(self.folder)  # type: ignore[misc]  # read what is left
+            self._take(whole)
         return found
 
     def _fault(self, shard: Shard) -> str | None:
@@ -225,8 +227,8 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
 class StoredRows:
     """Rows of some records of a store, read in a thread: training goes on while they come.
 
-    The loader asks for a batch while the one before it is trained on, so that no more than two
-    batches are in memory at a time, however large the store.
+    The loader asks for a batch while the one before it is trained on, so that memory holds the
+    batches of a step and one more, however large the store.
     """
 
     store: FeatureStore

@@ -41,9 +41,9 @@ def deepspeed_installed() -> bool:
 
 
 def split_frozen(module: nn.Module) -> None:
-    """Leave each process a share of a frozen module's weights; they meet for every layer's forward.
+    """Leave each process a share of a frozen module's weights, all of one dtype.
 
-    Raises AssertionError unless all weights have one dtype.
+    They are gathered for every layer's forward, so that all processes must make the same calls.
     """
     import deepspeed
 
