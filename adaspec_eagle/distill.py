@@ -7,6 +7,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from pathlib import Path
@@ -121,6 +122,7 @@ class AnswerSet(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        rows: Tensor | Future[Tensor] | None
         if index in self.rewritten:
             record, rows = self.rewritten[index]
         else:
