@@ -7,6 +7,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from pathlib import Path
@@ -22,7 +23,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from adaspec_eagle.attention import exact_dtype
 from adaspec_eagle.data import Record
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.features import FeatureTable, split_rows, target_rows
+from adaspec_eagle.feature_store import StoredRows
+from adaspec_eagle.features import FeatureTable, padded_rows, split_rows, target_rows
 from adaspec_eagle.fused import Output, chunked_losses, chunks
 from adaspec_eagle.head import DraftHead, new_head
 from adaspec_eagle.losses import (
@@ -47,6 +49,7 @@ from adaspec_eagle.selection import (
 from adaspec_eagle.targets import Target
 from adaspec_eagle.unroll import Batch, first_index, step_masks, step_states, supervised, unroll
 from adaspec_eagle.watch import Watch, frequency_bands
+from adaspec_eagle.zero import split_frozen, zero_stage
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class AnswerSet(Dataset):
     def __init__(
         self,
         records: Sequence[Record],
-        table: FeatureTable | None = None,
+        table: FeatureTable | StoredRows | None = None,
         reference: Sequence[Tensor] | None = None,
     ) -> None:
         self.records = records
@@ -118,7 +121,8 @@ class AnswerSet(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rows: Tensor | Future[Tensor] | None
         if index in self.rewritten:
             record, rows = self.rewritten[index]
         else:
@@ -126,7 +130,7 @@ class AnswerSet(Dataset):
         ids = torch.tensor(record.prompt_ids + record.answer_ids)
         mask = torch.zeros(len(ids), dtype=torch.bool)
         mask[len(record.prompt_ids) :] = True
-        item = {"input_ids": ids, "loss_mask": mask}
+        item: dict[str, Any] = {"input_ids": ids, "loss_mask": mask}
         if rows is not None:
             item["target_rows"] = rows
         if self.reference is not None:
@@ -138,12 +142,17 @@ class AnswerSet(Dataset):
         return [len(record.prompt_ids) + len(record.answer_ids) for record in self.records]
 
 
-def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Pad on the right with zeros: ids and loss_mask `[B, T]`, target_rows `[B, T, W]`, ..."""
-    return {
-        name: torch.nn.utils.rnn.pad_sequence([item[name] for item in items], batch_first=True)
-        for name in items[0]
-    }
+def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Pad on the right with zeros: ids and loss_mask `[B, T]`, target_rows `[B, T, W]`, ...
+
+    Rows that are still being read stay a list; `make_batch` waits for them.
+    """
+
+    def together(parts: list[Any]) -> Any:
+        ready = all(isinstance(part, Tensor) for part in parts)
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) if ready else parts
+
+    return {name: together([item[name] for item in items]) for name in items[0]}
 
 
 def target_tokens(target: Target, head: DraftHead, batch: Batch, full: bool) -> TargetTokens:
@@ -170,12 +179,12 @@ def target_output(target: Target, head: DraftHead) -> Output:
 
 
 @torch.no_grad()
-def make_batch(target: Target, head: DraftHead, item: Mapping[str, Tensor]) -> Batch:
+def make_batch(target: Target, head: DraftHead, item: Mapping[str, Any]) -> Batch:
     """A collated item with the target's features: from the table, or by running the target."""
     layers = head.config.feature_layers
     ids = item["input_ids"].to(target.device)
     if "target_rows" in item:
-        rows = item["target_rows"].to(target.device)
+        rows = padded_rows(item["target_rows"]).to(target.device)
     else:
         rows = target_rows(target, ids, layers)
     features, hidden = split_rows(rows, target, layers)
@@ -295,11 +304,15 @@ class StepLosses:
 
 
 def step_losses(
-    head: DraftHead, objective: Objective, batch: Batch, tokens: TargetTokens
+    head: DraftHead,
+    objective: Objective,
+    batch: Batch,
+    tokens: TargetTokens,
+    recompute: bool = False,
 ) -> StepLosses:
-    """Unroll the head and compare it with the target."""
+    """Unroll the head (recompute: as `unroll`) and compare it with the target."""
     begin = first_index(batch.positions, objective.unroll)
-    states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin)
+    states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin, recompute)
     picked = torch.stack(step_states(states, batch, begin))  # [S, M, H]
     distilled, observed = chunked_losses(
         objective.loss,
@@ -332,13 +345,16 @@ class Student(nn.Module):
     """The head and its objective as one module: what the Trainer wraps, casts and synchronises.
 
     average: where the selection asks for it, the head's moving average, which takes the reference
-    head's place; it travels with the checkpoints.
+    head's place; it travels with the checkpoints. recompute: gradient checkpointing (unroll.py).
     """
 
-    def __init__(self, head: DraftHead, objective: Objective, target: Target) -> None:
+    def __init__(
+        self, head: DraftHead, objective: Objective, target: Target, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.head = head
         self.objective = objective
+        self.recompute = recompute
         self.average: DraftHead | None = None
         if "average" in needs(objective.select):
             self.average = new_head(head.config).train().to(next(head.parameters()).dtype)
@@ -347,7 +363,7 @@ class Student(nn.Module):
 
     def forward(self, batch: Batch, tokens: TargetTokens) -> StepLosses:
         """The losses of the head."""
-        return step_losses(self.head, self.objective, batch, tokens)
+        return step_losses(self.head, self.objective, batch, tokens, self.recompute)
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -377,16 +393,26 @@ class Distiller(Trainer):
         objective: Objective,
         reference: DraftHead | None = None,
         optimizer: str = "muon",
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         if "reference" in needs(objective.select) and reference is None:
             raise UserError(f"--select {objective.select} needs a reference head (--reference DIR)")
-        self.student = Student(head, objective, target)
+        self.student = Student(head, objective, target, recompute)
         super().__init__(model=self.student, data_collator=collate, **kwargs)
         self.head = head
         self.target = target
         self.objective: Objective = objective
         self.reference = reference
+        if zero_stage() == 3:
+            if self.student.average is not None or head.config.train_output:
+                what = "--train-output" if head.config.train_output else objective.select
+                raise UserError(
+                    f"{what} reads weights of the head apart from its layers, where ZeRO 3 has "
+                    "them split; launch with scripts/accelerate/zero2.yaml"
+                )
+            if reference is not None:
+                split_frozen(reference)
         self.optimizer_name = optimizer
         answers = self.train_dataset
         assert isinstance(answers, AnswerSet)

@@ -1,17 +1,18 @@
-"""The feature table: what training needs from the target, computed once, read many times.
+"""What training needs from the target, computed once, read many times; here: in memory.
 
 Legend: T tokens of a record, W width of a table row, F number of feature layers, H hidden size.
 """
 
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from adaspec_eagle.errors import UserError
 from adaspec_eagle.processes import process_count
 from adaspec_eagle.targets import Target
 
@@ -43,9 +44,21 @@ def split_rows(rows: Tensor, target: Target, layers: Sequence[int]) -> tuple[Ten
     return features, hidden
 
 
+def target_pass(
+    target: Target, ids: Sequence[Sequence[int]], layers: Sequence[int]
+) -> list[Tensor]:
+    """Rows `[T, W]` of each of these records, on the CPU, by one pass over all of them."""
+    longest = max(len(record) for record in ids)
+    padded = torch.zeros(len(ids), longest, dtype=torch.long)
+    for b, record in enumerate(ids):
+        padded[b, : len(record)] = torch.tensor(record)
+    rows = target_rows(target, padded, layers).cpu()
+    return [found[: len(record)] for found, record in zip(rows, ids, strict=True)]
+
+
 @dataclass
 class FeatureTable:
-    """Rows of all records one after the other, in memory or in one mapped file."""
+    """Rows of all records one after the other, in memory."""
 
     rows: Tensor  # [tokens of all records, W], in the target's dtype
     offsets: list[int]  # record i: rows offsets[i] .. offsets[i + 1]
@@ -53,6 +66,19 @@ class FeatureTable:
     def __getitem__(self, index: int) -> Tensor:
         """`[T, W]` of record `index`."""
         return self.rows[self.offsets[index] : self.offsets[index + 1]]
+
+    def split(self, count: int) -> "tuple[FeatureTable, FeatureTable]":
+        """The first `count` records, and the others."""
+        first, rest = self.offsets[: count + 1], self.offsets[count:]
+        return FeatureTable(self.rows, first), FeatureTable(self.rows, rest)
+
+
+def padded_rows(rows: Tensor | Sequence[Tensor | Future[Tensor]]) -> Tensor:
+    """A batch's rows `[B, T, W]`, once those are there that are still being read."""
+    if isinstance(rows, Tensor):
+        return rows
+    there = [row if isinstance(row, Tensor) else row.result() for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(there, batch_first=True)
 
 
 def choose_mode(lengths: Sequence[int], width: int, dtype: torch.dtype, folder: Path) -> str:
@@ -81,48 +107,28 @@ def make_table(
     target: Target,
     ids: Sequence[Sequence[int]],
     layers: Sequence[int],
-    file: Path | None = None,
     batch_tokens: int = 4096,
 ) -> Iterator[tuple[int, FeatureTable]]:
-    """Fill a table for the records' token ids; yields (tokens done, table) after every batch.
-
-    In memory, or in `file` if given (mapped; made anew). Records of like length run together.
-    """
-    table, done = open_table(target, ids, layers, file), 0
-    for batch in length_batches([len(record) for record in ids], batch_tokens):
-        longest = max(len(ids[i]) for i in batch)
-        padded = torch.zeros(len(batch), longest, dtype=torch.long)
-        for b, i in enumerate(batch):
-            padded[b, : len(ids[i])] = torch.tensor(ids[i])
-        rows = target_rows(target, padded, layers).cpu()
-        for b, i in enumerate(batch):
-            table[i].copy_(rows[b, : len(ids[i])])
-            done += len(ids[i])
+    """Fill a table in memory for the records' token ids; yields (tokens done, table)."""
+    offsets, done = [0, *accumulate(len(record) for record in ids)], 0
+    rows = torch.empty(offsets[-1], row_width(target, layers), dtype=target.dtype)
+    table = FeatureTable(rows, offsets)
+    for batch in target_batches(ids, batch_tokens):
+        found = target_pass(target, [ids[i] for i in batch], layers)
+        for i, row in zip(batch, found, strict=True):
+            table[i].copy_(row)
+            done += len(row)
         yield done, table
 
 
-def open_table(
-    target: Target, ids: Sequence[Sequence[int]], layers: Sequence[int], file: Path | None = None
-) -> FeatureTable:
-    """The table of these records: empty in memory, or as it is in `file`."""
-    offsets = [0]
-    for record in ids:
-        offsets.append(offsets[-1] + len(record))
-    shape = (offsets[-1], row_width(target, layers))
-    return FeatureTable(_storage(shape, target.dtype, file), offsets)
+def target_batches(ids: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of records of like length that run through the target together.
 
-
-def _storage(shape: tuple[int, int], dtype: torch.dtype, file: Path | None) -> Tensor:
-    if file is None:
-        return torch.empty(shape, dtype=dtype)
-    count = shape[0] * shape[1]
-    free = shutil.disk_usage(file.parent).free + (file.stat().st_size if file.exists() else 0)
-    if count * dtype.itemsize > free:
-        raise UserError(
-            f"{file} needs {count * dtype.itemsize / 1e9:.1f} GB for features, the disk has "
-            f"{free / 1e9:.1f} GB; use --features recompute, or fewer records"
-        )
-    return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
+    The same batches for the same records in whatever order they come: rounding depends on them.
+    """
+    order = sorted(range(len(ids)), key=lambda i: list(ids[i]))
+    for batch in length_batches([len(ids[i]) for i in order], batch_tokens):
+        yield [order[i] for i in batch]
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

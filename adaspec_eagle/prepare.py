@@ -1,5 +1,6 @@
 """From records to what training reads: split, draft vocabulary, features, reference losses."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -8,10 +9,21 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from adaspec_eagle.callbacks import say
 from adaspec_eagle.data import Record
 from adaspec_eagle.distill import AnswerSet, Objective
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.features import FeatureTable, make_table, open_table
+from adaspec_eagle.feature_store import (
+    FeatureStore,
+    StoredRows,
+    check_room,
+    missing_records,
+    open_for_writing,
+    record_ids,
+    token_bytes,
+    write_features,
+)
+from adaspec_eagle.features import FeatureTable, make_table
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.processes import is_main_process, main_first
 from adaspec_eagle.reference import reference_losses
@@ -53,20 +65,48 @@ def draft_vocab(
 
 
 def compute_features(
-    target: Target, records: list[Record], layers: list[int], out: Path, mode: str
-) -> FeatureTable:
-    """The feature table of all records, with a progress bar; on disk under OUT/features."""
-    file = None
-    if mode == "disk":
-        (out / "features").mkdir(exist_ok=True)
-        file = out / "features" / "rows.bin"
-    ids = [record.prompt_ids + record.answer_ids for record in records]
-    if file is None:
+    target: Target, records: list[Record], layers: list[int], out: Path, where: str
+) -> FeatureTable | StoredRows:
+    """The features of all records: in memory, on disk under OUT/features, or from a store.
+
+    Those on disk are there already when a run is resumed.
+    """
+    if where == "memory":
+        ids = [record_ids(record) for record in records]
         return _watched("features", sum(map(len, ids)), make_table(target, ids, layers))
-    with main_first():  # one process fills the file, the others map it
-        if not is_main_process():
-            return open_table(target, ids, layers, file)
-        return _watched("features", sum(map(len, ids)), make_table(target, ids, layers, file))
+    store = FeatureStore(where) if where != "disk" else None
+    if store is None:
+        with main_first():  # one process writes the folder, the others open it
+            if is_main_process():
+                dtype = str(target.dtype).removeprefix("torch.")
+                write_store(target, records, layers, out / "features", dtype)
+        store = FeatureStore(out / "features")
+    store.check_form(target, layers)
+    store.check_sizes()
+    return store.rows_of(records, target)
+
+
+def write_store(
+    target: Target, records: Sequence[Record], layers: Sequence[int], folder: Path, dtype: str
+) -> FeatureStore:
+    """Write what the store in `folder` does not have yet, with its size told beforehand.
+
+    Damaged shards of a store that is there are found and written again.
+    """
+    store = open_for_writing(folder, target, layers, dtype)
+    for fault in store.mend():
+        say(fault)
+    missing = missing_records(store, records)
+    tokens = sum(len(record_ids(record)) for record in missing.values())
+    needed = tokens * token_bytes(target, layers, dtype)
+    say(
+        f"{folder}: {len(missing)} records to add, {tokens:,} tokens, {needed / 2**30:.2f} GiB in "
+        f"{dtype}; the disk has {shutil.disk_usage(folder).free / 2**30:.2f} GiB"
+    )
+    check_room(folder, needed)
+    if not missing:
+        return store
+    return _watched("features", tokens, write_features(store, target, records))
 
 
 def compute_reference(

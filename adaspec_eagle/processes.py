@@ -32,13 +32,13 @@ def is_main_process() -> bool:
 def join_processes(device: str | None) -> str | None:
     """Meet the other processes; the device of this one (`device` says cpu or nothing).
 
-    Raises UserError for launchers that would split up the weights: heads are saved whole.
+    Raises UserError for FSDP.
     """
-    for kind in ("DeepSpeed", "FSDP"):
-        if os.environ.get(f"ACCELERATE_USE_{kind.upper()}", "false").lower() == "true":
-            raise UserError(
-                f"{kind} is not supported; launch with scripts/accelerate/data_parallel.yaml"
-            )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError(
+            "FSDP is not supported; launch with a config of scripts/accelerate (data parallel, "
+            "ZeRO 1, 2, 3)"
+        )
     if process_count() == 1:
         return device
     cpu = device == "cpu" or not torch.cuda.is_available()

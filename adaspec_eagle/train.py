@@ -17,7 +17,8 @@ from adaspec_eagle.callbacks import Interrupted, ProgressLine, StopGently, newes
 from adaspec_eagle.data import load_training, read_jsonl
 from adaspec_eagle.distill import AnswerSet, Distiller, Objective
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.features import MODES, FeatureTable, choose_mode, row_width
+from adaspec_eagle.feature_store import INDEX
+from adaspec_eagle.features import MODES, choose_mode, row_width
 from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new_head
 from adaspec_eagle.losses import loss_terms
 from adaspec_eagle.onpolicy import OnPolicy
@@ -40,7 +41,8 @@ from adaspec_eagle.processes import (
 )
 from adaspec_eagle.record import environment, write_json, write_text
 from adaspec_eagle.selection import check_selection, needs, parse_keep
-from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
+from adaspec_eagle.targets import ATTENTIONS, DEFAULT_TARGET, Target, describe
+from adaspec_eagle.zero import SplitTarget, gathered, zero_stage
 
 METHODS = {"adaspec": "adaspec", "distillspec": "none"}  # preset -> selection
 
@@ -67,19 +69,21 @@ class TrainConfig:
     mask_oov: bool = False
     epochs: float = 3.0
     reference_epochs: float | None = None  # None: as many as epochs
-    optimizer: str = "muon"
+    optimizer: str | None = None  # None: muon, under ZeRO adamw
     lr: float | None = None  # None: what suits the optimiser
     batch_size: int = 8
     accumulate: int = 1
+    gradient_checkpointing: bool = False
     max_length: int = 512
     held_back: int = 64  # records kept for evaluation (at most a tenth)
     evaluations: int = 6  # a stage
     take: str = "best"  # which weights a stage ends with: best by tau_sim, or last
     on_policy: float = 0.0  # share of the answers that the head rewrites, from the second epoch on
-    features: str | None = None  # memory, disk, recompute; None: by size
+    features: str | None = None  # memory, disk, recompute, a store's folder; None: by size
     seed: int = 0
     dtype: str | None = None
     device: str | None = None
+    attn: str | None = None  # the target's attention; None: what transformers takes
 
     def __post_init__(self) -> None:
         parse_keep(self.keep)
@@ -87,16 +91,21 @@ class TrainConfig:
         check_selection(self.selection if self.method in METHODS else "none")
         choices = (
             ("method", self.method, METHODS),
-            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("optimizer", self.optimizer, (None, *OPTIMIZERS)),
             ("start", self.start, ("target", "random")),
             ("take", self.take, ("best", "last")),
-            ("features", self.features, (None, *MODES)),
+            ("attn", self.attn, (None, *ATTENTIONS)),
         )
         for name, value, known in choices:
             if value not in known:
                 raise UserError(
                     f"unknown --{name} {value!r}; choose one of {', '.join(map(str, known))}"
                 )
+        if self.features not in (None, *MODES) and not Path(str(self.features), INDEX).exists():
+            raise UserError(
+                f"--features {self.features}: neither {', '.join(MODES)} nor the folder of a "
+                "feature store (make_data.py --write-features)"
+            )
         least = {"batch_size": 1, "accumulate": 1, "max_length": 4, "tokens": 1}
         least |= {"evaluations": 1, "held_back": 1}
         for name, low in least.items():
@@ -166,16 +175,22 @@ def run_training(
     resuming. workshop: for several runs one after the other (eval/compare.py). Raises UserError for
     bad input, Interrupted when Ctrl-C stopped it after a checkpoint.
     """
+    _optimizer(config)
     device = join_processes(config.device)
     with main_first():
         config = _settle(config, out, resume)
     config.device = device or config.device
     kind = head_class(config.head)
     if workshop is None:
-        workshop = Workshop(Target.load(config.target, config.dtype, config.device))
-        say(describe(workshop.target))
+        more = {"attn_implementation": config.attn} if config.attn else {}
+        target = Target.load(config.target, config.dtype, config.device, **more)
+        say(describe(target))
+        workshop = Workshop(SplitTarget(target) if zero_stage() == 3 else target)
     target = workshop.target
     config.dtype = str(target.dtype).removeprefix("torch.")
+    config.optimizer = _optimizer(config)
+    if zero_stage():
+        say(f"ZeRO {zero_stage()}: the optimiser is AdamW (Muon needs whole weight matrices)")
     config.lr = config.lr or OPTIMIZERS[config.optimizer]
     config.loss = config.loss or kind.default_loss
     config.unroll = config.unroll or kind.default_unroll
@@ -203,6 +218,18 @@ def run_training(
         config.mask_oov,
     )
     return _stage(job, "head", objective, config.epochs, reference)
+
+
+def _optimizer(config: TrainConfig) -> str:
+    """The optimiser in force; Muon needs whole matrices, which ZeRO cuts into pieces."""
+    if not zero_stage():
+        return config.optimizer or "muon"
+    if config.optimizer == "muon":
+        raise UserError(
+            "--optimizer muon needs whole weight matrices, which DeepSpeed ZeRO splits: take "
+            "--optimizer adamw, or launch with scripts/accelerate/data_parallel.yaml"
+        )
+    return "adamw"
 
 
 def _given_heads(config: TrainConfig, target: Target) -> dict[str, DraftHead]:
@@ -327,8 +354,7 @@ def _fill(made: Prepared, target: Target, layers: list[int], out: Path, mode: st
     begin, cut = time.perf_counter(), len(made.train)
     records = [*made.train.records, *made.held_back.records]
     table = compute_features(target, records, layers, out, mode)
-    made.train.table = FeatureTable(table.rows, table.offsets[: cut + 1])
-    made.held_back.table = FeatureTable(table.rows, table.offsets[cut:])
+    made.train.table, made.held_back.table = table.split(cut)
     made.facts["feature_seconds"] = time.perf_counter() - begin
 
 
@@ -379,7 +405,8 @@ def _stage(
         target=job.target,
         objective=objective,
         reference=reference,
-        optimizer=job.config.optimizer,
+        optimizer=job.config.optimizer or "muon",
+        recompute=job.config.gradient_checkpointing,
         args=_arguments(job, checkpoints, epochs),
         train_dataset=train,
         eval_dataset=job.data.held_back,
@@ -413,9 +440,10 @@ def _stage(
         "environment": environment(),
         "curves": trainer.state.log_history,
     }
+    made = whole_head(head)
     if is_main_process():
         curves_png(trainer.state.log_history, job.out / f"{name}.png")
-        head.eval().to(job.target.dtype).save(folder, notes)
+        made.eval().to(job.target.dtype).save(folder, notes)
     all_meet()
     return folder
 
@@ -433,6 +461,14 @@ def _training_answers(
     return train
 
 
+def whole_head(head: DraftHead) -> DraftHead:
+    """An unbound copy of a head whose weights may be split over the processes."""
+    made = new_head(head.config)
+    with gathered(head):
+        made.load_state_dict({name: t.detach().cpu() for name, t in head.state_dict().items()})
+    return made
+
+
 def _fresh_head(job: Job, name: str) -> DraftHead:
     """A bound head in training mode: new weights, or those of --init for the draft head."""
     config, target = job.config, job.target
@@ -442,7 +478,8 @@ def _fresh_head(job: Job, name: str) -> DraftHead:
         head = new_head(job.sizes, config.seed)
         head.set_draft_vocab(job.data.vocab)
         if config.start == "target":
-            head.start_from(target)
+            with gathered(target.model):
+                head.start_from(target)
         if config.train_output:
             with torch.no_grad():
                 head.lm_head.weight.copy_(target.output_rows[job.data.vocab])
@@ -462,7 +499,7 @@ def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
-        learning_rate=config.lr or OPTIMIZERS[config.optimizer],
+        learning_rate=config.lr or OPTIMIZERS["adamw"],
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 50),
         max_grad_norm=1.0,

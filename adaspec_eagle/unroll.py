@@ -3,10 +3,12 @@
 Legend: S unroll steps, B rows, T positions, H hidden, M supervised target positions of a batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from adaspec_eagle.attention import Unrolled
 from adaspec_eagle.cache import TreeCache
@@ -41,28 +43,45 @@ def step_masks(positions: Tensor, steps: int) -> Tensor:
 
 
 def unroll(
-    head: DraftHead, features: Tensor, input_ids: Tensor, steps: int, begin: int = 0
+    head: DraftHead,
+    features: Tensor,
+    input_ids: Tensor,
+    steps: int,
+    begin: int = 0,
+    recompute: bool = False,
 ) -> list[Tensor]:
     """Run the head `steps` times on its own hidden states, next tokens given (teacher forcing).
 
     Step s pairs index i with token i + 1 + s, takes the hidden state of step s - 1 at i (the fused
     features at s = 0), and attends causally to step 0 and to its own earlier steps at i: what the
     decoder sees when it drafts token i + 2 + s. Training-time test, EAGLE-3 (arXiv 2503.01840,
-    section 3.2); HASS (arXiv 2408.15766). Later steps run from index `begin` on only. Returns S
-    hidden states: `[B, T, H]` for step 0, `[B, T - begin, H]` for the others.
+    section 3.2); HASS (arXiv 2408.15766). Later steps run from index `begin` on only. recompute:
+    keep of a step for the backward pass only what it begins with (gradient checkpointing). Returns
+    S hidden states: `[B, T, H]` for step 0, `[B, T - begin, H]` for the others.
     """
     length = input_ids.shape[1]
-    cache = TrainingCache()
     positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-    hidden = head.prefill(features, torch.cat([input_ids, input_ids[:, :1]], 1), cache)
-    states = [hidden]
-    hidden = hidden[:, begin:]
-    for step in range(1, steps):
-        tokens = _shifted(input_ids, 1 + step)[:, begin:]
-        hidden = head(
-            hidden, tokens, positions[:, begin:] + step, Unrolled(length, begin), cache, step
-        )
+
+    def run(step: int, given: Tensor, *seen: Tensor) -> tuple[Tensor, ...]:
+        """One step from features or hidden states, and keys and values so far: new ones of both."""
+        cache = TrainingCache(seen)
+        if step == 0:
+            after = torch.cat([input_ids, input_ids[:, :1]], 1)
+            return head.prefill(given, after, cache), *cache.tensors()
+        tokens, where = _shifted(input_ids, 1 + step)[:, begin:], positions[:, begin:] + step
+        hidden = head(given, tokens, where, Unrolled(length, begin), cache, step)
+        return hidden, *cache.tensors()
+
+    states: list[Tensor] = []
+    seen: list[Tensor] = []
+    hidden = features
+    for step in range(steps):
+        if recompute and torch.is_grad_enabled():
+            hidden, *seen = checkpoint(run, step, hidden, *seen, use_reentrant=False)
+        else:
+            hidden, *seen = run(step, hidden, *seen)
         states.append(hidden)
+        hidden = hidden if step else hidden[:, begin:]
     return states
 
 
@@ -74,9 +93,10 @@ def _shifted(ids: Tensor, by: int) -> Tensor:
 class TrainingCache(TreeCache):
     """Keys and values of the unrolled steps, appended so that gradients flow through them."""
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
         super().__init__(num_layers=0)
-        self.layers_seen: dict[int, tuple[Tensor, Tensor]] = {}
+        pairs = zip(tensors[::2], tensors[1::2], strict=True)
+        self.layers_seen: dict[int, tuple[Tensor, Tensor]] = dict(enumerate(pairs))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
@@ -88,6 +108,10 @@ class TrainingCache(TreeCache):
             value_states = torch.cat([values, value_states], dim=2)
         self.layers_seen[layer_idx] = key_states, value_states
         return key_states, value_states
+
+    def tensors(self) -> list[Tensor]:
+        """Keys and values of layer 0, of layer 1, ...; what another cache can begin with."""
+        return [tensor for layer in sorted(self.layers_seen) for tensor in self.layers_seen[layer]]
 
 
 def step_states(states: list[Tensor], batch: Batch, begin: int) -> list[Tensor]:

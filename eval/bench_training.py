@@ -18,6 +18,7 @@ layer's shape, measured between the turns. The last line of stdout is the result
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import venv
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
@@ -74,9 +76,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Turns(TrainerCallback):
-    """Trains as many steps as each line of stdin asks for, and prints the seconds of each."""
+    """Trains as many steps as each line of stdin asks for; the seconds of each go to `answers`."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: TextIO) -> None:
+        self.answers = answers
         self.left, self.seconds, self.began = 0, [], 0.0
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
@@ -93,11 +96,13 @@ class Turns(TrainerCallback):
         self.seconds.append(now - self.began)
         self.left, self.began = self.left - 1, now
         if not self.left:
-            print(json.dumps(self.seconds), flush=True)
+            print(json.dumps(self.seconds), file=self.answers, flush=True)
 
 
 def work(args: argparse.Namespace) -> None:
-    """One of our arms, until stdin ends."""
+    """One of our arms, until stdin ends. What libraries print does not reach its answers."""
+    answers_out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     target = Target.load(args.target, dtype=args.dtype)
     layers = head_class(args.head).feature_layers(target.num_layers)
     count, width = 4 * args.rows, row_width(target, layers)
@@ -115,7 +120,8 @@ def work(args: argparse.Namespace) -> None:
         *_, (_, known) = reference_losses(target, reference, answers, objective)
     ahead = (time.perf_counter() - began) / count  # seconds a record
     head = made_head(args, target, 0)
-    print(json.dumps({"useful_flop": useful_flop(head, args), "ahead": ahead}), flush=True)
+    facts = {"useful_flop": useful_flop(head, args), "ahead": ahead}
+    print(json.dumps(facts), file=answers_out, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Distiller(
             head,
@@ -137,7 +143,7 @@ def work(args: argparse.Namespace) -> None:
                 disable_tqdm=True,
             ),
             train_dataset=AnswerSet(records, table, known),
-            callbacks=[Turns()],
+            callbacks=[Turns(answers_out)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

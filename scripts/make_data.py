@@ -2,8 +2,10 @@
 
     python scripts/make_data.py --target smollm2-135m --prompts self --out self.jsonl
     python scripts/make_data.py --prompts a.jsonl.gz --exclude eval/prompts.jsonl --out data.jsonl
+    python scripts/make_data.py --data data.jsonl more.jsonl.gz --write-features runs/features
 
-Run the same command again after a kill: it goes on where it was.
+Run the same command again after a kill: it goes on where it was. --write-features writes what heads
+read from the target (chosen layers, last hidden state), for train_head.py --features; no logits.
 """
 
 import argparse
@@ -13,10 +15,14 @@ from pathlib import Path
 from adaspec_eagle.answers import answer_prompts, answer_self, give_answers
 from adaspec_eagle.apart import Measured
 from adaspec_eagle.asks import Settings, Tally
-from adaspec_eagle.data import Prompt, read_prompts
+from adaspec_eagle.data import Prompt, load_training, read_prompts
 from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.feature_store import FORMS
+from adaspec_eagle.head import head_class
 from adaspec_eagle.hub import HUB_SETS, task_prompts
+from adaspec_eagle.prepare import write_store
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
+from adaspec_eagle.train import TrainConfig
 
 SELF_TOKENS = 200_000
 
@@ -28,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (%(default)s)")
     add("--prompts", nargs="+", default=["self"], metavar="FILE|TASK|self", help="(self)")
-    add("--out", type=Path, required=True, help="JSON Lines file to write or to go on with")
+    add("--out", type=Path, help="JSON Lines file to write or to go on with")
     add("--answers", choices=["target", "given"], default="target", help="(%(default)s)")
     add("--tokens", type=int, help=f"stop at so many answer tokens ({SELF_TOKENS} for self)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
@@ -39,6 +45,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--exclude", nargs="+", default=[], metavar="FILE", help="measuring files to stay clear of")
     add("--limit", type=int, help="use the first so many prompts of each source")
     add("--dtype", help="bfloat16, float32, float64 (by device)")
+    add("--write-features", type=Path, metavar="DIR", help="of --out, or of --data, to a store")
+    add("--data", nargs="+", default=[], metavar="FILE", help="answers that are there already")
+    add("--feature-dtype", choices=FORMS, default=FORMS[0], help="int8 is half (%(default)s)")
+    add(
+        "--max-length",
+        type=int,
+        default=TrainConfig.max_length,
+        help="as for training (%(default)s)",
+    )
+    add("--head", default=TrainConfig.head, help="whose layers to write (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -91,15 +107,31 @@ def load(args: argparse.Namespace) -> Target:
     return target
 
 
+def features(args: argparse.Namespace) -> None:
+    target = load(args)
+    layers = head_class(args.head).feature_layers(target.num_layers)
+    length = min(args.max_length, target.context)
+    records = load_training(args.data or [args.out], target, length)
+    store = write_store(target, records, layers, args.write_features, args.feature_dtype)
+    print(f"{store.folder}: train on it with --features {store.folder} --max-length {length}")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    tally = make(args, settings_of(args))
-    print(f"{args.out}: {tally.records} records, {tally.tokens:,} answer tokens")
-    if tally.seconds:
-        print(
-            f"this run: {tally.new_records} records, {tally.ended} ended by themselves,"
-            f" {tally.new_tokens / tally.seconds:.0f} tokens/s"
-        )
+    if args.data and not (args.write_features and args.out is None):
+        raise UserError("--data goes with --write-features and without --out")
+    if not args.data and args.out is None:
+        raise UserError("give --out FILE to write answers to, or --data FILES --write-features DIR")
+    if args.out:
+        tally = make(args, settings_of(args))
+        print(f"{args.out}: {tally.records} records, {tally.tokens:,} answer tokens")
+        if tally.seconds:
+            print(
+                f"this run: {tally.new_records} records, {tally.ended} ended by themselves,"
+                f" {tally.new_tokens / tally.seconds:.0f} tokens/s"
+            )
+    if args.write_features:
+        features(args)
     return 0
 
 

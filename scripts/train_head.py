@@ -40,19 +40,21 @@ HELP = {
     "epochs": "passes over the data for the draft head",
     "reference_epochs": "passes for the reference head (as many as --epochs)",
     "start": "target: a fresh head takes the target's last layer where it fits; or random",
-    "optimizer": "muon (AdamW for what is no matrix) or adamw",
+    "optimizer": "muon (AdamW for what is no matrix; the default), or adamw (under ZeRO)",
     "lr": "peak learning rate, cosine (muon 3e-3, adamw 1e-3)",
     "batch_size": "records of a micro-batch",
     "accumulate": "micro-batches of a step",
+    "gradient_checkpointing": "compute a step's activations again for its gradient: less memory",
     "max_length": "tokens of a record, prompt included; longer answers are cut",
     "held_back": "records kept for evaluation, at most a tenth",
     "evaluations": "evaluations and checkpoints of a stage",
     "take": "the weights that a stage ends with: best (by tau_sim on held-back records) or last",
     "on_policy": "share of the answers that the head rewrites, anew each epoch from the second on",
-    "features": "memory, disk or recompute; by default by size",
+    "features": "memory, disk, recompute or a folder of make_data.py --write-features; by size",
     "seed": "of weights, batches and self-written data",
     "dtype": "bfloat16, float32 or float64; by default what the device computes natively",
     "device": "cpu, cuda, cuda:1, ...",
+    "attn": "attention of the target: sdpa, eager, flash_attention_2 (needs flash-attn)",
 }
 
 

@@ -247,14 +247,12 @@ def test_adaspec_without_a_reference_is_refused(tmp_path):
         distiller(tmp_path, tiny_head(target), target, Objective(select="adaspec"))
 
 
-@pytest.mark.parametrize("mapped", [False, True], ids=["memory", "disk"])
-def test_a_feature_table_holds_what_the_target_gives(tmp_path, mapped):
+def test_a_feature_table_holds_what_the_target_gives():
     target = tiny_target()
     head = tiny_head(target)
     layers = head.config.feature_layers
     ids = [r.prompt_ids + r.answer_ids for r in RECORDS]
-    file = tmp_path / "rows.bin" if mapped else None
-    done, table = list(make_table(target, ids, layers, file, batch_tokens=40))[-1]
+    done, table = list(make_table(target, ids, layers, batch_tokens=40))[-1]
     assert done == sum(map(len, ids))
     for index, record_ids in enumerate(ids):
         features, hidden = split_rows(table[index][None], target, layers)
@@ -288,6 +286,27 @@ def test_tau_sim_is_one_plus_the_mean_product_of_matches():
                 sums += sum(all(run[: s + 1]) for s in range(3))
     assert found["tau_sim"] == pytest.approx(1 + sums / places)
     assert found["match"] == pytest.approx([sum(m) / len(m) for m in matches])
+
+
+@pytest.mark.parametrize("name", ["eagle1", "eagle3"])
+def test_activations_computed_again_give_the_same_gradient(name):
+    """To the bit, with less kept for the backward pass."""
+    target = tiny_target()
+    head, objective = tiny_head(target, name).train(), Objective(unroll=3)
+    batch = make_batch(target, head, collate([AnswerSet(RECORDS)[i] for i in range(8)]))
+    tokens = target_tokens(target, head, batch, full=False)
+    kept, gradients = [], []
+    for recompute in (False, True):
+        head.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept[-1].append(t.nbytes) or t, lambda t: t
+        ):
+            kept.append([])
+            losses = step_losses(head, objective, batch, tokens, recompute)
+        losses.total.sum().backward()
+        gradients.append({n: w.grad.clone() for n, w in head.named_parameters()})
+    assert sum(kept[1]) < sum(kept[0]) / 2
+    assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
 
 
 @pytest.mark.parametrize("select", ["none", "adaspec"])

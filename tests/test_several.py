@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from adaspec_eagle import zero
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.train import TrainConfig, run_training
 from tests.records import answers_file
@@ -29,17 +31,28 @@ def launch(*arguments: str, config: str = "data_parallel") -> None:
     command += ["--config_file", f"scripts/accelerate/{config}.yaml", *arguments]
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment |= {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("kind", ["DeepSpeed", "FSDP"])
-def test_launchers_that_split_weights_are_refused_by_name(tmp_path, monkeypatch, kind):
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")
-    with pytest.raises(UserError, match=f"{kind} is not supported.*data_parallel"):
-        run_training(TrainConfig(), tmp_path / "none")
+@pytest.mark.parametrize(
+    ("kind", "installed", "config", "words"),
+    [
+        ("FSDP", True, {}, "FSDP is not supported.*ZeRO"),
+        ("DEEPSPEED", False, {}, "not installed: pip install deepspeed, or .*data_parallel"),
+        ("DEEPSPEED", True, {"optimizer": "muon"}, "muon needs whole weight.*--optimizer adamw"),
+    ],
+)
+def test_what_a_launch_cannot_have_is_refused_by_name(
+    tmp_path, monkeypatch, kind, installed, config, words
+):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    monkeypatch.setattr(zero, "deepspeed_installed", lambda: installed)
+    with pytest.raises(UserError, match=words):
+        run_training(TrainConfig(**config), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -49,19 +62,36 @@ def test_two_processes_equal_one_that_accumulates_two_micro_batches(tmp_path, se
     """Gradients of the first step and weights after two, in float32, to a relative 1e-5."""
     launch("tests/several.py", str(tmp_path / "two"), select)
     two, one = load_file(tmp_path / "two"), train(select)
+    assert two.keys() - one.keys() == {"processes"}
+    assert any(name.startswith("gradient.") for name in one)
+    assert_same(two, one)
+
+
+def assert_same(two: dict, one: dict) -> None:
+    """Two processes' weights and gradients, those of one to a relative 1e-5."""
     assert int(two.pop("processes")) == 2
-    assert two.keys() == one.keys()
-    for name in one:
+    for name in (name for name in two if not name.startswith("held.")):
+        assert torch.isfinite(two[name]).all(), name
         difference = (two[name] - one[name]).norm() / one[name].norm()
         assert difference < 1e-5, name
-    assert any(name.startswith("gradient.") for name in one)
-    assert all(torch.isfinite(value).all() for value in two.values())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("features", ["memory", "disk"])
-def test_the_whole_job_in_two_processes_equals_the_one_that_accumulates(tmp_path, features):
-    """Data, features, evaluation, checkpoints and the saved head; then nothing is left to do."""
+@pytest.mark.long
+@pytest.mark.parametrize("select", ["none", "adaspec"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_equals_one_process_that_accumulates(tmp_path, stage, select):
+    """Weights after two steps; ZeRO 3 leaves each process half of the frozen weights."""
+    pytest.importorskip("deepspeed")
+    launch("tests/several.py", str(tmp_path / "two"), select, "adamw", config=f"zero{stage}")
+    two, one = load_file(tmp_path / "two"), train(select, "adamw")
+    assert_same(two, one)
+    for name in ("held.target", "held.reference"):
+        share = float(two[name] / one[name])
+        assert share == pytest.approx(0.5 if stage == 3 else 1, rel=0.1), name
+
+
+def job(tmp_path: Path, **changes) -> tuple[dict, list[str]]:
+    """Settings of a short run, as TrainConfig takes them and as flags of train_head.py."""
     settings = {
         "target": tiny_target_folder(tmp_path / "target"),
         "data": [answers_file(tmp_path / "answers.jsonl")],
@@ -70,17 +100,45 @@ def test_the_whole_job_in_two_processes_equals_the_one_that_accumulates(tmp_path
         "epochs": 2.0,
         "evaluations": 2,
         "batch_size": 3,
-        "features": features,
-    }
-    one = run_training(TrainConfig(**settings, accumulate=2), tmp_path / "one")
-    flags = []
+    } | changes
+    flags = ["scripts/train_head.py"]
     for name, value in settings.items():
         words = value if isinstance(value, list) else [str(value)]
         flags += ["--" + name.replace("_", "-"), *words]
-    command = ["scripts/train_head.py", *flags, "--out", str(tmp_path / "two")]
+    return settings, flags
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["memory", "disk"])
+def test_the_whole_job_in_two_processes_equals_the_one_that_accumulates(tmp_path, features):
+    """Data, features, evaluation, checkpoints and the saved head; then nothing is left to do."""
+    settings, flags = job(tmp_path, features=features)
+    one = run_training(TrainConfig(**settings, accumulate=2), tmp_path / "one")
+    command = [*flags, "--out", str(tmp_path / "two")]
     launch(*command)
     launch(*command, "--resume")
-    two = tmp_path / "two" / "head"
+    assert_same_head(one, tmp_path / "two" / "head")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_whole_job_under_zero_equals_the_one_that_accumulates(tmp_path, stage):
+    """Reference and draft head; then again from a checkpoint in the middle."""
+    pytest.importorskip("deepspeed")
+    settings, flags = job(tmp_path, method="adaspec", optimizer="adamw", dtype="float32")
+    one = run_training(TrainConfig(**settings, accumulate=2), tmp_path / "one")
+    command, out = [*flags, "--out", str(tmp_path / "two")], tmp_path / "two"
+    launch(*command, config=f"zero{stage}")
+    assert_same_head(one, out / "head")
+    shutil.rmtree(out / "head")
+    checkpoints = out / "checkpoints" / "head"
+    shutil.rmtree(max(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name[11:])))
+    launch(*command, "--resume", config=f"zero{stage}")
+    assert_same_head(one, out / "head")
+
+
+def assert_same_head(one: Path, two: Path) -> None:
+    """The same number of steps, and weights that differ by rounding at most."""
     wanted, found = (load_file(folder / "model.safetensors") for folder in (one, two))
     steps, ours = (json.loads((f / "train.json").read_text())["steps"] for f in (one, two))
     assert steps == ours

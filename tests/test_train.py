@@ -12,16 +12,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from adaspec_eagle import generate, load_head
+from adaspec_eagle import generate, load_head, targets
 from adaspec_eagle.callbacks import newest_checkpoint
 from adaspec_eagle.errors import UserError, explain
+from adaspec_eagle.features import target_rows
 from adaspec_eagle.head import built_in_heads, read_config
 from adaspec_eagle.prepare import draft_vocab
 from adaspec_eagle.targets import Target
 from adaspec_eagle.train import TrainConfig, run_training
 from scripts import train_head
 from tests.records import answers_file, record
-from tests.tiny import tiny_head, tiny_target, tiny_target_folder
+from tests.tiny import tiny_head, tiny_model, tiny_target, tiny_target_folder
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -134,7 +135,14 @@ def test_where_features_are_kept_changes_nothing(folder, tmp_path, mode):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"head": "eagle1"}, {"head": "medusa"}, {"train_output": True}, {"mask_oov": True}]
+    "changes",
+    [
+        {"head": "eagle1"},
+        {"head": "medusa"},
+        {"train_output": True},
+        {"mask_oov": True},
+        {"gradient_checkpointing": True, "accumulate": 2, "attn": "eager"},
+    ],
 )
 def test_variants_train(folder, tmp_path, changes):
     made = run_training(options(folder, method="distillspec", **changes), tmp_path / "out")
@@ -318,6 +326,38 @@ def test_prompts_that_cannot_be_decoded_are_named():
         generate(target, None, torch.ones(2, 3).long(), torch.tensor([[1, 1, 1], [0, 0, 0]]))
     with pytest.raises(UserError, match="context of 512"):
         generate(target, None, torch.ones(1, 500).long(), max_new_tokens=64)
+
+
+def test_targets_in_pieces_or_in_few_bits_are_refused_by_name():
+    """What from_pretrained leaves on a model for device_map over two devices, and for 4-bit."""
+    model = tiny_model()
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1}
+    with pytest.raises(UserError, match="weights on several devices.*on one device"):
+        Target.wrap(model)
+    model = tiny_model()
+    model.is_quantized = True
+    with pytest.raises(UserError, match="quantised weights.*unquantised"):
+        Target.wrap(model)
+
+
+def test_flash_attention_is_refused_where_it_cannot_run(folder, tmp_path, monkeypatch):
+    config = options(folder, attn="flash_attention_2")
+    config.device = "cpu"
+    for there, words in ((None, "pip install flash-attn"), (1, "needs a CUDA device, not cpu")):
+        monkeypatch.setattr(targets.importlib.util, "find_spec", {"flash_attn": there}.get)
+        with pytest.raises(UserError, match=words):
+            run_training(config, tmp_path / "out")
+    with pytest.raises(UserError, match="unknown --attn 'fast'; .*flash_attention_2"):
+        options(folder, attn="fast")
+
+
+def test_another_attention_of_the_target_changes_nothing(folder):
+    ids = torch.arange(8, 20)[None]
+    rows = [
+        target_rows(Target.load(folder / "target", "float64", attn_implementation=name), ids, [2])
+        for name in ("sdpa", "eager")
+    ]
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-6)  # eager softmax is in float32
 
 
 @pytest.mark.parametrize("name", built_in_heads())
