@@ -27,8 +27,11 @@ DIGITS = {"tau_sim": 2, "tau": 2}  # others: three
 
 def summary(out: Path, plan: Plan, budget: str) -> Summary:
     """All figures of the cells under OUT/cells of one budget."""
-    tasks = read_cells(out, budget)
-    figures = compare(tasks, plan.primary, plan.baseline)
+    tasks = {
+        task: {name: arm for name, arm in arms.items() if name in plan.arms}
+        for task, arms in read_cells(out, budget).items()
+    }
+    figures = compare(tasks, plan.primary)
     return {
         "kind": "compare",
         "budget": budget,
@@ -57,7 +60,7 @@ def _facts(arm: Arm) -> dict[str, Any]:
     cells, first = arm.cells, arm.cells[0]
     means = {}
     for name in ("train_seconds", "train_tokens_per_s", "held_back_tau_sim"):
-        known = [cell[name] for cell in cells if cell[name] is not None]
+        known = [cell[name] for cell in cells if cell[name] is not None]  # resumed: no seconds
         means[name] = sum(known) / len(known) if known else None
     depths = [cell["figures"]["alpha_by_depth"] for cell in cells]
     return {
@@ -92,11 +95,15 @@ def task_table(found: Summary, task: str) -> str:
     header = ["arm", "seeds", "steps", "passes", "head FLOPs", "tokens/s"]
     for metric in METRICS:
         header += [metric, "difference"]
-    rows = []
+    rows, base = [], found["tasks"][task].get(found["baseline"])
     for name, arm in found["tasks"][task].items():
+        other = base is not None and abs(arm["head_flops"] / base["head_flops"] - 1) > 0.02
         speed = arm["train_tokens_per_s"]
         row = [name, str(len(arm["seeds"])), str(arm["steps"])]
-        row += [f"{arm['answer_token_passes'] / 1e6:.2f} M", f"{arm['head_flops']:.1f}"]
+        row += [
+            f"{arm['answer_token_passes'] / 1e6:.2f} M",
+            f"{arm['head_flops']:.1f}" + " †" * other,
+        ]
         row += [f"{speed:,.0f}" if speed else "-"]
         for metric in METRICS:
             one = arm["metrics"][metric]
@@ -110,7 +117,8 @@ def markdown(found: Summary) -> str:
     one, other = found["primary"]
     parts = [
         f"Budget: {found['budget']} epochs. Primary contrast: {one} against {other}. Differences "
-        f"are to {found['baseline']}; * holds (see the definitions below).",
+        f"are to {found['baseline']}; * holds (see the definitions below); † other head FLOPs than "
+        "that arm's, so that its difference is not one of methods alone.",
     ]
     for task in found["tasks"]:
         parts += [f"### {task}", task_table(found, task)]

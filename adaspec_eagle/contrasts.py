@@ -1,11 +1,13 @@
 """From the cells of a grid to differences that survive review.
 
-Legend: S seeds, P prompts, C counts of a prompt, R bootstrap draws. A hierarchical bootstrap draws
-seeds and, within them, prompts, both with replacement; arms of a task share the draws, so that
-their differences are paired.
+Legend: S seeds, P prompts, C counts of a prompt, R bootstrap draws. The bootstrap draws seeds and,
+apart from them, prompts (crossed, since all seeds answer the same ones), with replacement; arms of
+a task share the draws, so that their differences are paired. A few seeds tell a bootstrap too
+little about how seeds differ, so that a p-value is never below that of a paired t-test over seeds.
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.record import RESAMPLES, interval
+from adaspec_eagle.record import interval, one_line
+from adaspec_eagle.stats import AcceptanceStats
 
 Cells = list[dict[str, Any]]
+DRAWS = 20_000
 
 METRICS: dict[str, str] = {  # name -> definition
     "greedy_alpha": "accepted / (accepted + rejected) draft tokens on greedy chains, temperature 0",
@@ -28,12 +32,12 @@ METRICS: dict[str, str] = {  # name -> definition
 }
 DEFINITIONS = METRICS | {
     "value": "ratio of sums over all seeds and prompts",
-    "ci95": "95 % percentile interval of a hierarchical bootstrap, 2,000 draws of seeds and of "
-    "prompts; with one seed it is over prompts alone and says nothing about seeds",
+    "ci95": "95 % percentile interval of a bootstrap, 20,000 draws of seeds and of prompts; too "
+    "narrow where seeds are few, and with one seed over prompts alone",
     "difference": "value minus that of the baseline arm, over the seeds that both have, paired by "
     "seed and prompt",
-    "p": "two-sided: twice the smaller share of draws in which the difference is on either side of "
-    "0 (at least 1 / draws)",
+    "p": "two-sided, the larger of two: twice the smaller share of draws in which the difference "
+    "is on either side of 0 (at least 2 / (draws + 1)), and that of a paired t-test over seeds",
     "p_holm": "p after Holm's correction over all arms and tasks of this metric but the primary "
     "contrast, which was fixed beforehand and stands alone",
     "holds": "at least 3 seeds (5 for the primary contrast) and a corrected p below 0.05",
@@ -64,6 +68,14 @@ def read_cells(out: Path, budget: str | None = None) -> dict[str, dict[str, Arm]
     for path in sorted((out / "cells" / (budget or budgets[0])).glob("*/*.json")):
         cell = json.loads(path.read_text(encoding="utf-8"))
         found[cell["task"]][cell["arm"]].append(cell)
+    for task, arms in found.items():
+        cells = [cell for of_arm in arms.values() for cell in of_arm]
+        kinds = {one_line([cell["prompts"]["ids"], cell["settings"]]) for cell in cells}
+        if len(kinds) > 1:
+            raise UserError(
+                f"cells of {task} under {out} were measured on other prompts or with other "
+                "settings than each other; choose another --out, or delete the old ones"
+            )
     return {
         task: {name: _arm(cells) for name, cells in arms.items()} for task, arms in found.items()
     }
@@ -71,9 +83,6 @@ def read_cells(out: Path, budget: str | None = None) -> dict[str, dict[str, Arm]
 
 def _arm(cells: Cells) -> Arm:
     cells = sorted(cells, key=lambda cell: cell["seed"])
-    prompts = [cell["prompts"]["ids"] for cell in cells]
-    if any(ids != prompts[0] for ids in prompts):
-        raise UserError(f"cells of arm {cells[0]['arm']} were measured on different prompts")
     counts = [[_row(prompt) for prompt in cell["per_prompt"]] for cell in cells]
     return Arm(cells, [cell["seed"] for cell in cells], np.array(counts, dtype=float))
 
@@ -83,21 +92,14 @@ def _arm(cells: Cells) -> Arm:
 
 def _row(prompt: dict[str, Any]) -> list[float]:
     """A prompt's counts: accepted and judged tokens greedy and sampled, and so on."""
-    row = []
+    row: list[float] = []
     for way in ("greedy", "sampled"):
-        row += _judged(prompt[way])
+        stats = AcceptanceStats.from_dict(prompt[way])
+        row += [stats.accepted_tokens, stats.judged_tokens]
     greedy, forced = prompt["greedy"], prompt["greedy_forced"]
     row += [greedy["tokens"], greedy["rounds"]]
     row += [forced["sums"][1][0], forced["counts"][0], forced["products"], forced["indices"]]
     return row
-
-
-def _judged(stats: dict[str, Any]) -> list[float]:
-    """Accepted draft tokens, and those that were accepted or rejected."""
-    accepted, offered = stats["accepted"], stats["offered"]
-    reached = [sum(accepted[d:]) for d in range(max(len(accepted), len(offered) + 1))]
-    judged = [min(have, asked) for have, asked in zip(reached, offered, strict=False)]
-    return [sum(reached[1:]), sum(judged)]
 
 
 def metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
@@ -114,7 +116,7 @@ def metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
         }
 
 
-def draws(counts: np.ndarray, resamples: int = RESAMPLES) -> np.ndarray:
+def draws(counts: np.ndarray, resamples: int = DRAWS) -> np.ndarray:
     """Sums of counts `[S, P, C]` over drawn seeds and prompts: `[R, C]`.
 
     The same S and P draw the same seeds and prompts, whatever the counts.
@@ -153,18 +155,41 @@ def difference(arm: Arm, baseline: Arm) -> dict[str, dict[str, Any]] | None:
     mine, theirs = arm.of(seeds), baseline.of(seeds)
     points = [metrics(counts.sum((0, 1))) for counts in (mine, theirs)]
     spread = [metrics(draws(counts)) for counts in (mine, theirs)]
+    by_seed = [metrics(counts.sum(1)) for counts in (mine, theirs)]
     found = {}
     for name in METRICS:
         drawn = spread[0][name] - spread[1][name]
         drawn = drawn[np.isfinite(drawn)]
         tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
+        of_draws = min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
         found[name] = {
             "difference": float(points[0][name] - points[1][name]),
             "difference_ci95": interval(drawn),
             "seeds": len(seeds),
-            "p": float(min(1.0, 2 * (tail + 1) / (len(drawn) + 1))),
+            "p": float(max(of_draws, t_test(by_seed[0][name] - by_seed[1][name]))),
         }
     return found
+
+
+def t_test(gaps: np.ndarray) -> float:
+    """Two-sided p of a t-test that the mean of `gaps [S]` is 0; 0 for one gap, which says nothing.
+
+    Student's distribution as a finite sum: Abramowitz and Stegun 26.7.3 (odd), 26.7.4 (even).
+    """
+    free = len(gaps) - 1
+    if free < 1:
+        return 0.0
+    error = gaps.std(ddof=1) / len(gaps) ** 0.5
+    if not error:
+        return 0.0 if gaps.any() else 1.0
+    angle = math.atan(abs(gaps.mean()) / error / free**0.5)
+    odd = free % 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for n in range(odd, free - 1 + odd, 2):
+        total += term
+        term *= (n + 1) / (n + 2) * math.cos(angle) ** 2
+    inside = math.sin(angle) * total
+    return 1 - (2 / math.pi * (angle + inside) if odd else inside)
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -178,15 +203,16 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def compare(
-    tasks: dict[str, dict[str, Arm]], primary: tuple[str, str], baseline: str
+    tasks: dict[str, dict[str, Arm]], primary: tuple[str, str]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Task -> arm -> metric -> figures, with corrected differences to `baseline`."""
+    """Task -> arm -> metric -> figures, with corrected differences to the primary's second arm."""
+    baseline = primary[1]
     made: dict[str, dict[str, dict[str, Any]]] = {}
     others: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for task, arms in tasks.items():
         made[task] = {name: arm_figures(arm) for name, arm in arms.items()}
         for name, arm in arms.items():
-            first = (name, baseline) == primary
+            first = name == primary[0]
             if name == baseline or baseline not in arms:
                 continue
             for metric, found in (difference(arm, arms[baseline]) or {}).items():

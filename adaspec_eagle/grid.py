@@ -1,18 +1,16 @@
 """A grid of training runs that are compared: (arm, task, seed), each a cell of its own.
 
 Cells are independent files, so that any number of workers, on any number of machines, can share the
-folder: a cell is done where its file is, and taken while its lock is fresh.
+folder (its file system must know locks): a cell is done where its file is.
 """
 
+import fcntl
 import json
-import os
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +19,24 @@ import yaml
 from adaspec_eagle.acceptance import acceptance_figures
 from adaspec_eagle.bench import Source, read_source
 from adaspec_eagle.callbacks import say
+from adaspec_eagle.data import load_training
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.head import load_head
+from adaspec_eagle.head import head_class, load_head
+from adaspec_eagle.prepare import write_store
 from adaspec_eagle.record import environment, sha256, write_json
 from adaspec_eagle.selection import needs
 from adaspec_eagle.targets import Target
 from adaspec_eagle.train import TrainConfig, Workshop, run_training
 
-HEARTBEAT = 30.0  # seconds between touches of a lock
-STALE = 10 * HEARTBEAT  # a lock older than that is nobody's
 BACKWARD = 2  # a backward pass costs two forward passes
 
 FLOPS = (
-    "head FLOPs in forward passes of the head over one answer token of the training data: 3 a "
-    "token and epoch (forward 1, backward 2); AdaSPEC's reference stage the same, and 1 for the "
-    "reference head's losses, which are computed once; a moving average 1 a token and epoch. The "
-    "target's own pass, the same for all arms, is not in it"
+    "head FLOPs in forward passes of the arm's own head over one answer token of the training "
+    "data: 3 a token and epoch (forward 1, backward 2); AdaSPEC's reference stage the same, and 1 "
+    "for the reference head's losses, which are computed once; a moving average 1 a token and "
+    "epoch; an answer that the head writes (--on-policy) 2 a token. The target's own work is not in "
+    "it: one pass a task, shared by all arms, but another output layer in every step for losses and "
+    "selections that need its full vocabulary, and another pass for answers that the head writes"
 )
 
 
@@ -55,27 +55,59 @@ class Plan:
     """What an arms file says: arms, in the order of work, and what is compared."""
 
     arms: dict[str, CellArm]
-    primary: tuple[str, str]  # the contrast fixed beforehand
-    baseline: str  # the arm that all others are compared with
+    primary: tuple[str, str]  # the contrast fixed beforehand; the second is everyone's baseline
     seeds: dict[str, int] = field(default_factory=dict)  # by arm; others as many as --seeds
+
+    @property
+    def baseline(self) -> str:
+        """The arm that all others are compared with."""
+        return self.primary[1]
 
     def cost(self, name: str, epochs: float) -> float:
         """Head FLOPs of an arm at a given budget, as FLOPS defines them."""
-        arm = self.arms[name]
-        config = config_of(arm, {})
-        own = (1 + BACKWARD) * self.epochs(name, epochs)
-        if "average" in needs(config.selection):
-            own += self.epochs(name, epochs)
-        if arm.reference:
-            own += 1 + self.cost(arm.reference, epochs)
-        return own
+        config, own = config_of(self.arms[name], {}), self.epochs(name, epochs)
+        rewritten = 2 * config.on_policy * max(0.0, own - 1)
+        return self._each(name) * own + rewritten + self._once(name, epochs)
+
+    def _each(self, name: str) -> float:
+        """What an epoch costs."""
+        return 1 + BACKWARD + ("average" in needs(config_of(self.arms[name], {}).selection))
+
+    def _once(self, name: str, epochs: float) -> float:
+        """What comes before the first epoch."""
+        reference = self.arms[name].reference
+        return 1 + self.cost(reference, epochs) if reference else 0.0
 
     def epochs(self, name: str, epochs: float) -> float:
         """How many passes over its data an arm makes at a given budget."""
         arm = self.arms[name]
         if arm.match:
-            return self.cost(arm.match, epochs) / (1 + BACKWARD)
+            return (self.cost(arm.match, epochs) - self._once(name, epochs)) / self._each(name)
         return epochs * float(arm.config.get("epochs", 1))
+
+    def check(self) -> None:
+        """Raise UserError where arms cannot be what they say."""
+        for name, arm in self.arms.items():
+            config = config_of(arm, {})
+            if not isinstance(arm.config.get("data", []), list):
+                raise UserError(f"arm {name}: data is a list of files, data: [FILE, ...]")
+            if ("reference" in needs(config.selection)) != bool(arm.reference):
+                raise UserError(
+                    f"arm {name}, selection {config.selection}: `reference: ARM` goes with "
+                    "selections that need a reference head, and only with those"
+                )
+            if arm.match and ("epochs" in arm.config or config.on_policy):
+                raise UserError(f"arm {name}: `match` sets the epochs, and knows no on_policy")
+            for other in filter(None, (arm.reference, arm.match)):
+                theirs = config_of(self.arms[other], {})
+                for key in ("head", "unroll", "data"):
+                    if getattr(config, key) != getattr(theirs, key):
+                        raise UserError(
+                            f"arms {name} and {other} differ in {key}: their heads or FLOPs cannot "
+                            "be related"
+                        )
+            if self.epochs(name, 1.0) <= 0:
+                raise UserError(f"arm {name}: nothing is left to train after its reference stage")
 
 
 def config_of(arm: CellArm, given: dict[str, Any]) -> TrainConfig:
@@ -89,7 +121,7 @@ def config_of(arm: CellArm, given: dict[str, Any]) -> TrainConfig:
 
 
 def read_plan(path: Path) -> Plan:
-    """An arms file (YAML): `train`, `arms`, `primary`, `baseline`, `seeds`.
+    """An arms file (YAML): `train`, `arms`, `primary`, and if wanted `seeds`.
 
     An arm has the settings of scripts/train_head.py, over those of `train`, and may have
     `reference: ARM`, `match: ARM` and `epochs: FACTOR` (of the budget). Raises UserError where
@@ -106,23 +138,18 @@ def read_plan(path: Path) -> Plan:
             for other in filter(None, links.values()):
                 if other not in arms:
                     raise UserError(f"{path}: arm {name} needs {other!r}; put that before it")
-            selection = config_of(arms[name], {}).selection
-            if ("reference" in needs(selection)) != bool(links["reference"]):
-                raise UserError(
-                    f"{path}: arm {name}, selection {selection}: `reference: ARM` goes with "
-                    "selections that need a reference head, and only with those"
-                )
-        plan = Plan(arms, tuple(found["primary"]), found["baseline"], found.get("seeds") or {})
-        for name in (*plan.primary, plan.baseline, *plan.seeds):
+        plan = Plan(arms, tuple(found["primary"]), found.get("seeds") or {})
+        for name in (*plan.primary, *plan.seeds):
             if name not in arms:
                 raise UserError(f"{path}: there is no arm {name!r}")
+        plan.check()
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no arms file: {error!r}; see eval/arms.yaml") from error
     return plan
 
 
 @dataclass(frozen=True)
-class Settings:
+class GridSettings:
     """What all cells of a grid have in common."""
 
     target: str
@@ -149,7 +176,7 @@ class Cell:
     arm: str
     seed: int
 
-    def within(self, folder: Path, settings: Settings) -> Path:
+    def within(self, folder: Path, settings: GridSettings) -> Path:
         """Where it lies in a folder of cells, without an ending."""
         return folder / settings.budget / self.task / f"{self.arm}-seed{self.seed}"
 
@@ -162,15 +189,17 @@ def cells_of(plan: Plan, tasks: Sequence[str], seeds: int, only: Sequence[str] =
     if unknown := set(only) - set(plan.arms):
         raise UserError(f"--only: there is no arm {', '.join(sorted(unknown))}")
     wanted = set(only or plan.arms)
+    count = {name: plan.seeds.get(name, seeds) for name in plan.arms}
     for name in reversed(plan.arms):  # an arm comes after its reference
         if name in wanted and (needed := plan.arms[name].reference):
             wanted.add(needed)
+            count[needed] = max(count[needed], count[name])
     return [
         Cell(task, arm, seed)
-        for seed in range(max([seeds, *plan.seeds.values()]))
+        for seed in range(max(count[name] for name in wanted))
         for task in tasks
         for arm in plan.arms
-        if arm in wanted and seed < plan.seeds.get(arm, seeds)
+        if arm in wanted and seed < count[arm]
     ]
 
 
@@ -178,57 +207,31 @@ def cells_of(plan: Plan, tasks: Sequence[str], seeds: int, only: Sequence[str] =
 
 
 @contextmanager
-def taken(path: Path) -> Iterator[bool]:
-    """Whether this worker holds the lock file inside the block; kept fresh while it does.
+def taken(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this worker holds the lock file inside the block; the system frees a dead one's.
 
-    A lock that has not been touched for STALE seconds, or whose process on this machine is gone, is
-    taken over.
+    wait: until whoever has it is done.
     """
-    if _is_dead(path):
-        path.unlink(missing_ok=True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x") as file:
-            json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
-    except FileExistsError:
-        yield False
-        return
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(HEARTBEAT):
-            path.touch()
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield True
-    finally:
-        done.set()
-        thread.join()
-        path.unlink(missing_ok=True)
-
-
-def _is_dead(path: Path) -> bool:
-    try:
-        holder, age = json.loads(path.read_text()), time.time() - path.stat().st_mtime
-    except (OSError, ValueError):
-        return path.exists() and time.time() - path.stat().st_mtime > STALE
-    if holder["host"] == socket.gethostname():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
         try:
-            os.kill(holder["pid"], 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass
-    return age > STALE
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 # ---- work ----------------------------------------------------------------------------------------
 
 
 def run_grid(
-    plan: Plan, cells: Sequence[Cell], settings: Settings, workshop: Workshop, out: Path, work: Path
+    plan: Plan,
+    cells: Sequence[Cell],
+    settings: GridSettings,
+    workshop: Workshop,
+    out: Path,
+    work: Path,
 ) -> int:
     """Train and measure every cell that is not done and not taken; how many were done here.
 
@@ -259,7 +262,7 @@ def run_grid(
 
 
 def _lost(
-    open_cells: Sequence[Cell], plan: Plan, settings: Settings, out: Path, work: Path
+    open_cells: Sequence[Cell], plan: Plan, settings: GridSettings, out: Path, work: Path
 ) -> list[Cell]:
     """Cells that are on record, but whose head is not here and is a reference that others need."""
     needed = [
@@ -274,55 +277,56 @@ def _lost(
     ]
 
 
-def _record(cell: Cell, out: Path, settings: Settings) -> Path:
+def _record(cell: Cell, out: Path, settings: GridSettings) -> Path:
     path = cell.within(out / "cells", settings)
     return path.with_name(path.name + ".json")
 
 
-def _ready(cell: Cell, plan: Plan, work: Path, settings: Settings) -> bool:
+def _ready(cell: Cell, plan: Plan, work: Path, settings: GridSettings) -> bool:
     """Whether its reference head, if it needs one, is there."""
     needed = plan.arms[cell.arm].reference
     return needed is None or _trained(Cell(cell.task, needed, cell.seed), work, settings)
 
 
-def _trained(cell: Cell, work: Path, settings: Settings) -> bool:
+def _trained(cell: Cell, work: Path, settings: GridSettings) -> bool:
     return (head_folder(cell, work, settings) / "train.json").exists()
 
 
-def head_folder(cell: Cell, work: Path, settings: Settings) -> Path:
+def head_folder(cell: Cell, work: Path, settings: GridSettings) -> Path:
     """Where a cell's trained head lies."""
     return cell.within(work, settings) / "head"
 
 
-def prompts_of(task: str, settings: Settings, target: Target) -> Source:
+def prompts_of(task: str, settings: GridSettings, target: Target) -> Source:
     """The prompts that a task is measured on."""
     room = settings.max_new_tokens + settings.depth
     return read_source(settings.prompts.format(task=task), target, settings.limit, room)
 
 
 def run_cell(
-    plan: Plan, cell: Cell, settings: Settings, workshop: Workshop, work: Path
+    plan: Plan, cell: Cell, settings: GridSettings, workshop: Workshop, work: Path
 ) -> dict[str, Any]:
     """Train one head, going on from its last checkpoint, and measure it; the cell's record."""
     arm, folder = plan.arms[cell.arm], cell.within(work, settings)
+    files = arm.config.get("data", [settings.data])
     given: dict[str, Any] = {
         "target": settings.target,
         "dtype": settings.dtype,
         "epochs": plan.epochs(cell.arm, settings.epochs),
         "seed": cell.seed,
         "take": "best" if settings.budget == "best" else "last",
+        "data": [str(name).format(task=cell.task) for name in files],
     }
-    if "data" not in arm.config:
-        given["data"] = [settings.data.format(task=cell.task)]
-    else:
-        given["data"] = [str(name).format(task=cell.task) for name in arm.config["data"]]
     if arm.reference:
         needed = Cell(cell.task, arm.reference, cell.seed)
         given["reference"] = str(head_folder(needed, work, settings))
     config = config_of(arm, given)
-    began = time.perf_counter()
-    trained = run_training(config, folder, (folder / "run.json").exists(), workshop)
-    seconds = time.perf_counter() - began
+    resumed = (folder / "run.json").exists()
+    if resumed:
+        _check_same(folder, config)
+    if config.features is None:
+        config.features = shared_features(config, workshop.target, work)
+    trained = run_training(config, folder, resumed, workshop)
     head = load_head(trained, workshop.target)
     source = prompts_of(cell.task, settings, workshop.target)
     ids = [prompt.ids for prompt in source.prompts]
@@ -339,6 +343,7 @@ def run_cell(
         "arm": cell.arm,
         "seed": cell.seed,
         "budget": settings.budget,
+        "settings": asdict(settings),
         "config": notes["config"],
         "epochs": notes["epochs"],
         "steps": notes["steps"],
@@ -346,7 +351,7 @@ def run_cell(
         "answer_tokens": notes["data"]["answer_tokens"],
         "head_flops": plan.cost(cell.arm, settings.epochs),
         "weights": sum(weight.numel() for weight in head.parameters()),
-        "train_seconds": seconds,
+        "train_seconds": None if resumed else notes["seconds_since_last_start"],
         "train_tokens_per_s": sum(speeds) / len(speeds) if speeds else None,
         "held_back_tau_sim": notes["best_tau_sim"],
         "prompts": source.describe() | {"ids": [prompt.id for prompt in source.prompts]},
@@ -355,3 +360,29 @@ def run_cell(
         "per_prompt": per_prompt,
         "environment": environment(),
     }
+
+
+def _check_same(folder: Path, config: TrainConfig) -> None:
+    """Raise UserError if the run that was begun in `folder` is of another arm than it is now."""
+    begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+    for name, value in asdict(config).items():
+        if value is not None and name != "features" and begun[name] != value:
+            raise UserError(
+                f"{folder} was begun with {name} {begun[name]!r}, the arm now has {value!r}: put "
+                "the arm back, or delete that folder"
+            )
+
+
+def shared_features(config: TrainConfig, target: Target, work: Path) -> str | None:
+    """A store under WORK/features with what heads of this kind read of the data, for all cells.
+
+    None for heads that read no features.
+    """
+    layers = head_class(config.head).feature_layers(target.num_layers)
+    if not layers:
+        return None
+    folder = work / "features" / "-".join(map(str, layers))
+    records = load_training(config.data, target, min(config.max_length, target.context))
+    with taken(folder.with_suffix(".lock"), wait=True):
+        write_store(target, records, layers, folder, str(target.dtype).removeprefix("torch."))
+    return str(folder)

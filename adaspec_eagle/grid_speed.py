@@ -11,7 +11,7 @@ from typing import Any
 from adaspec_eagle.bench import Bench, HeadChoice, draft_shapes
 from adaspec_eagle.callbacks import say
 from adaspec_eagle.figures import summarize
-from adaspec_eagle.grid import Cell, Plan, Settings, config_of, head_folder, prompts_of
+from adaspec_eagle.grid import Cell, GridSettings, Plan, config_of, head_folder, prompts_of
 from adaspec_eagle.head import load_head
 from adaspec_eagle.measure import build_arms, run_arms
 from adaspec_eagle.record import environment, write_json
@@ -19,7 +19,7 @@ from adaspec_eagle.targets import Target
 
 
 def measure_speed(
-    plan: Plan, tasks: Sequence[str], settings: Settings, target: Target, out: Path, work: Path
+    plan: Plan, tasks: Sequence[str], settings: GridSettings, target: Target, out: Path, work: Path
 ) -> None:
     """Write OUT/speed/BUDGET/TASK/ARM.json for the first arm of each kind of head that is there.
 

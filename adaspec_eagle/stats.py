@@ -74,8 +74,12 @@ class AcceptanceStats:
         A round rejects at most one token; the tokens behind it are judged by nobody and count
         neither way. It is therefore alpha_d pooled over depths. 0.0 where nothing was drafted.
         """
-        judged = sum(self._judged())
-        return self.accepted_tokens / judged if judged else 0.0
+        return self.accepted_tokens / self.judged_tokens if self.judged_tokens else 0.0
+
+    @property
+    def judged_tokens(self) -> int:
+        """Draft tokens that were accepted or rejected."""
+        return sum(self._judged())
 
     @property
     def accepted_tokens(self) -> int:

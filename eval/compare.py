@@ -7,7 +7,7 @@
 A grid of cells (arm, task, seed). Run the same command again after a kill, or at the same time in
 several processes or on several machines that share the folders: cells are independent. Prompts of
 --prompts are read once a cell, at its end; checkpoints are chosen on held-back training records.
-The last line of stdout is the summary as JSON.
+The last line of stdout is JSON: the seeds that are there, by task and arm.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from adaspec_eagle.bench import positive
 from adaspec_eagle.compare_tables import markdown, summary, write_tables
 from adaspec_eagle.errors import UserError, run_main
-from adaspec_eagle.grid import Settings, cells_of, read_plan, run_grid
+from adaspec_eagle.grid import GridSettings, cells_of, read_plan, run_grid
 from adaspec_eagle.grid_speed import measure_speed
 from adaspec_eagle.hub import HUB_SETS
 from adaspec_eagle.record import one_line
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
+def settings_of(args: argparse.Namespace) -> GridSettings:
     """What all cells have in common; UserError for a budget that is none."""
     try:
         good = args.epochs == "best" or float(args.epochs) > 0
@@ -68,7 +68,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         good = False
     if not good or args.most_epochs <= 0:
         raise UserError(f"--epochs {args.epochs}: give a number above 0, or best")
-    return Settings(
+    return GridSettings(
         args.target,
         args.data,
         args.prompts,

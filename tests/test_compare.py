@@ -1,17 +1,28 @@
 """The grid of compared runs, and what is made of its cells."""
 
 import json
-import os
 import shutil
-import time
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
-from adaspec_eagle.contrasts import Arm, compare, difference, draws, holm, metrics
+from adaspec_eagle.contrasts import (
+    Arm,
+    _row,
+    compare,
+    difference,
+    draws,
+    holm,
+    metrics,
+    read_cells,
+    t_test,
+)
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.grid import Cell, Plan, cells_of, read_plan, taken
+from adaspec_eagle.grid import Cell, Plan, cells_of, config_of, read_plan, run_cell, taken
+from adaspec_eagle.record import write_json
 from adaspec_eagle.stats import AcceptanceStats
 from eval import compare as script
 from tests.records import answers_file
@@ -25,7 +36,6 @@ arms:
   equal: {method: distillspec, match: adaspec}
   ema: {select: adaspec-ema}
 primary: [adaspec, equal]
-baseline: equal
 seeds: {ema: 1}
 """
 
@@ -44,6 +54,11 @@ def test_budgets_are_matched_by_head_flops(plan):
     assert plan.epochs("equal", 3) == pytest.approx(19 / 3)
     assert plan.cost("equal", 3) == pytest.approx(19)
     assert plan.cost("ema", 3) == 12
+    matched = replace(plan.arms["ema"], match="adaspec")
+    other = Plan(plan.arms | {"ema": matched}, plan.primary)
+    assert other.cost("ema", 3) == pytest.approx(19)
+    written = replace(plan.arms["ema"], config={"on_policy": 0.5})
+    assert Plan(plan.arms | {"ema": written}, plan.primary).cost("ema", 3) == 9 + 2
 
 
 def test_cells_go_seed_by_seed(plan):
@@ -58,7 +73,11 @@ def test_cells_go_seed_by_seed(plan):
         ("reference: distillspec", "reference: equal", "put that before it"),
         (", reference: distillspec", "", "need a reference head"),
         ("draft_vocab", "draft_vocabulary", "no setting"),
-        ("baseline: equal", "baseline: other", "no arm 'other'"),
+        ("[adaspec, equal]", "[adaspec, other]", "no arm 'other'"),
+        ("match: adaspec}", "match: adaspec, epochs: 2}", "sets the epochs"),
+        ("match: adaspec}", "match: adaspec, unroll: 2}", "differ in unroll"),
+        ("{select: adaspec-ema}", "{select: adaspec-ema, data: x.jsonl}", "list of files"),
+        ("{select: adaspec-ema}", "{select: none, match: distillspec, head: eagle1}", "in head"),
         ("primary:", "first:", "no arms file"),
         ("select: adaspec-ema", "select: adaspec-emma", "unknown --select"),
     ],
@@ -78,18 +97,26 @@ def test_a_cell_is_worked_on_by_one_at_a_time(tmp_path):
         assert again
 
 
-def test_the_lock_of_a_killed_worker_is_taken_over(tmp_path):
+def test_the_lock_of_a_killed_worker_is_free(tmp_path):
     lock = tmp_path / "cell.lock"
-    lock.write_text(json.dumps({"host": os.uname().nodename, "pid": 2**22 + 1}))
+    hold = "import sys, time\nfrom pathlib import Path\nfrom adaspec_eagle.grid import taken\n"
+    hold += "with taken(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdout.readline() == "held\n"
+        with taken(lock) as mine:
+            assert not mine
+        worker.kill()
     with taken(lock) as mine:
         assert mine
-    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-    with taken(lock) as mine:
-        assert not mine
-    long_ago = time.time() - 3600
-    os.utime(lock, (long_ago, long_ago))
-    with taken(lock) as mine:
-        assert mine
+
+
+def test_an_arm_has_at_least_the_seeds_of_those_that_need_it(tmp_path):
+    path = tmp_path / "arms.yaml"
+    path.write_text(ARMS.replace("seeds: {ema: 1}", "seeds: {ema: 1, distillspec: 1}"))
+    cells = cells_of(read_plan(path), ["a"], 2)
+    assert Cell("a", "distillspec", 1) in cells
 
 
 # ---- statistics ----------------------------------------------------------------------------------
@@ -111,8 +138,6 @@ def counts(seed: int, share: float, seeds: int = 5, prompts: int = 30) -> np.nda
 
 def test_metrics_are_those_of_their_definitions():
     stats = AcceptanceStats([3, 2, 4, 1], [10, 7, 5], 10, 21, 22)
-    from adaspec_eagle.contrasts import _row
-
     forced = {"sums": [[1, 1], [6.0, 2], [5, 3]], "counts": [12, 11], "products": 9, "indices": 10}
     row = _row({"greedy": stats.to_dict(), "sampled": stats.to_dict(), "greedy_forced": forced})
     found = metrics(np.array(row))
@@ -125,11 +150,37 @@ def test_metrics_are_those_of_their_definitions():
 def test_draws_are_paired_and_of_the_right_size():
     one = counts(0, 0.5)
     assert np.array_equal(draws(one), draws(one))
-    assert draws(one).shape == (2000, one.shape[-1])
+    assert draws(one).shape == (20_000, one.shape[-1])
     assert (draws(one)[:, 1] == 40 * 5 * 30).all()  # as many prompts and seeds in every draw
     same = difference(arm(one), arm(one))
     assert same["greedy_alpha"]["difference_ci95"] == [0, 0]
     assert same["greedy_alpha"]["p"] == 1
+
+
+@pytest.mark.parametrize(
+    ("t", "free", "wanted"),
+    [(12.706, 1, 0.05), (4.303, 2, 0.05), (3.182, 3, 0.05), (2.776, 4, 0.05), (4.604, 4, 0.01)],
+)
+def test_t_tests_agree_with_the_tables(t, free, wanted):
+    """Critical values of Student's distribution; gaps of mean t and standard error 1."""
+    gaps = np.linspace(-1, 1, free + 1)
+    gaps = gaps / (gaps.std(ddof=1) / len(gaps) ** 0.5) + t
+    assert t_test(gaps) == pytest.approx(wanted, rel=2e-3)
+    assert t_test(np.array([0.1])) == 0
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_seeds_that_differ_are_no_difference_of_arms(seeds):
+    """Of 200 pairs of arms that are the same but for their seeds' luck, few may seem to differ."""
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(200):
+        pair = [
+            np.concatenate([counts(int(rng.integers(1 << 30)), share, 1) for share in shares])
+            for shares in rng.normal(0.5, 0.03, size=(2, seeds))
+        ]
+        wrong += t_test(np.subtract(*(metrics(c.sum(1))["greedy_alpha"] for c in pair))) < 0.05
+    assert wrong <= 20
 
 
 def test_the_interval_is_wider_where_seeds_differ():
@@ -148,7 +199,7 @@ def test_the_interval_is_wider_where_seeds_differ():
 def test_a_true_difference_holds_and_none_does_not():
     arms = {"base": arm(counts(0, 0.5)), "same": arm(counts(1, 0.5)), "better": arm(counts(2, 0.6))}
     arms["few"] = arm(counts(3, 0.6, seeds=2))
-    found = compare({"task": arms}, ("better", "base"), "base")["task"]
+    found = compare({"task": arms}, ("better", "base"))["task"]
     assert found["better"]["greedy_alpha"]["holds"]
     assert not found["same"]["greedy_alpha"]["holds"]
     assert not found["few"]["greedy_alpha"]["holds"]  # two seeds are too few to say
@@ -200,7 +251,7 @@ def test_a_grid_is_made_once_resumed_and_shown(tmp_path, capsys):
     assert record["config"]["take"] == "last"
     assert record["head_flops"] == 7
     assert len(record["per_prompt"]) == 4
-    assert not list((tmp_path / "out").rglob("*.lock"))
+    assert len(list((tmp_path / "work" / "features").glob("*/index.jsonl"))) == 1
     assert not list((tmp_path / "work").rglob("checkpoints"))
     found = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert found["tasks"]["words"]["equal"]["steps"] > found["tasks"]["words"]["adaspec"]["steps"]
@@ -212,6 +263,23 @@ def test_a_grid_is_made_once_resumed_and_shown(tmp_path, capsys):
     assert (tmp_path / "out" / "forest.png").read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "out" / "table.csv").read_text().splitlines()
     assert len(lines) == 1 + 4 * 5
+
+
+def test_an_arm_that_changed_under_way_and_cells_of_other_settings_are_refused(tmp_path, plan):
+    settings = script.settings_of(script.parser().parse_args(["--epochs", "1"]))
+    cell = Cell("words", "distillspec", 0)
+    given = {"target": settings.target, "data": ["runs/data/words.jsonl"], "epochs": 1.0}
+    config = config_of(plan.arms["distillspec"], given | {"take": "last"})
+    folder = tmp_path / "1" / "words" / "distillspec-seed0"
+    write_json(folder / "run.json", {"config": asdict(replace(config, lr=0.5))})
+    with pytest.raises(UserError, match="begun with lr 0.5"):
+        run_cell(plan, cell, settings, None, tmp_path)
+    made = {"task": "words", "arm": "equal", "prompts": {"ids": ["a"]}, "per_prompt": []}
+    for seed, depth in enumerate((5, 4)):
+        one = made | {"seed": seed, "settings": asdict(replace(settings, depth=depth))}
+        write_json(tmp_path / "cells" / "1" / "words" / f"equal-seed{seed}.json", one)
+    with pytest.raises(UserError, match="other settings"):
+        read_cells(tmp_path)
 
 
 def test_best_of_more_epochs_is_another_budget(plan):
