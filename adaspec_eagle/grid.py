@@ -34,9 +34,9 @@ FLOPS = (
     "head FLOPs in forward passes of the arm's own head over one answer token of the training "
     "data: 3 a token and epoch (forward 1, backward 2); AdaSPEC's reference stage the same, and 1 "
     "for the reference head's losses, which are computed once; a moving average 1 a token and "
-    "epoch; an answer that the head writes (--on-policy) 2 a token. The target's own work is not in "
-    "it: one pass a task, shared by all arms, but another output layer in every step for losses and "
-    "selections that need its full vocabulary, and another pass for answers that the head writes"
+    "epoch; an answer that the head writes (--on-policy) 2 a token. The target's own work is not "
+    "in it: one pass a task, shared by all arms, but another output layer in every step for losses "
+    "and selections that need its full vocabulary, and a pass for answers that the head writes"
 )
 
 
