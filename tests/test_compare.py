@@ -299,3 +299,10 @@ def test_a_budget_that_is_none_is_refused(wrong):
 def test_nothing_to_show_is_said(tmp_path, plan):
     with pytest.raises(UserError, match="no cells"):
         script.main(["--out", str(tmp_path), "--tables-only"])
+
+
+def test_the_arms_that_come_with_the_program_are_sound():
+    plan = read_plan(script.ARMS)
+    first, other = plan.primary
+    assert plan.cost(first, 3) == pytest.approx(plan.cost(other, 3))
+    assert len(cells_of(plan, ["gsm8k"], 5)) == 4 * 5 + (len(plan.arms) - 4) * 3
