@@ -220,18 +220,23 @@ def _delta(one: dict[str, Any]) -> str:
 # ---- files ---------------------------------------------------------------------------------------
 
 
+def _differences(found: Summary) -> list[tuple[str, str, dict[str, Any]]]:
+    """(task, arm, its metrics) of all arms that are compared with the baseline."""
+    return [
+        (task, name, arm["metrics"])
+        for task, arms in found["tasks"].items()
+        for name, arm in arms.items()
+        if "difference" in arm["metrics"]["tau"]
+    ]
+
+
 def forest_png(found: Summary, metrics: Sequence[str] = ("greedy_alpha", "alpha_t1")) -> bytes:
     """Differences to the baseline with their intervals: a panel a metric, a line a task and arm."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = [
-        (task, name, arm["metrics"])
-        for task, arms in found["tasks"].items()
-        for name, arm in arms.items()
-        if "difference" in arm["metrics"][metrics[0]]
-    ]
-    figure = Figure(figsize=(4.2 * len(metrics), 1.4 + 0.34 * max(len(lines), 1)))
+    lines = _differences(found)
+    figure = Figure(figsize=(4.2 * len(metrics), 1.4 + 0.34 * len(lines)))
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         axes.axvline(0, color="#8a8f98", linewidth=0.8)
@@ -246,7 +251,7 @@ def forest_png(found: Summary, metrics: Sequence[str] = ("greedy_alpha", "alpha_
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(labelsize=8)
     panels[0].set_yticks(range(len(lines)), [f"{task}: {name}" for task, name, _ in lines])
-    panels[0].set_ylim(max(len(lines), 1) - 0.5, -0.5)
+    panels[0].set_ylim(len(lines) - 0.5, -0.5)
     figure.text(
         0.01,
         0.01,
@@ -260,9 +265,10 @@ def forest_png(found: Summary, metrics: Sequence[str] = ("greedy_alpha", "alpha_
 
 
 def write_tables(found: Summary, out: Path) -> None:
-    """summary.json, table.md, table.csv, table.tex and forest.png in OUT."""
+    """summary.json, table.md, .csv, .tex and, if there is a difference, forest.png in OUT."""
     write_json(out / "summary.json", found)
     write_text(out / "table.md", markdown(found))
     write_text(out / "table.csv", csv_text(found))
     write_text(out / "table.tex", latex(found))
-    write_bytes(out / "forest.png", forest_png(found))
+    if _differences(found):
+        write_bytes(out / "forest.png", forest_png(found))
