@@ -232,6 +232,17 @@ def _optimizer(config: TrainConfig) -> str:
     return "adamw"
 
 
+def _check_split(config: TrainConfig) -> None:
+    """Raise UserError for what one process does alone with a target that ZeRO 3 splits."""
+    alone = not config.data or config.features == "disk" or config.on_policy
+    if alone and zero_stage() == 3:
+        raise UserError(
+            "ZeRO 3 splits the target, so that no process can write answers or features alone: "
+            "give --data (make_data.py), --features memory, recompute or a store, and no "
+            "--on-policy; or launch with scripts/accelerate/zero2.yaml"
+        )
+
+
 def _given_heads(config: TrainConfig, target: Target) -> dict[str, DraftHead]:
     """The heads of --reference and --init; they must share one draft vocabulary."""
     named = {"reference": config.reference, "init": config.init}
@@ -277,7 +288,10 @@ def _settle(config: TrainConfig, out: Path, resume: bool) -> TrainConfig:
             raise UserError(
                 f"nothing to resume in {out}: {path} is missing; start without --resume"
             )
-        return TrainConfig(**json.loads(path.read_text())["config"])
+        saved = TrainConfig(**json.loads(path.read_text())["config"])
+        _check_split(saved)
+        return saved
+    _check_split(config)
     if path.exists() and ((out / "checkpoints").exists() or (out / "head").exists()):
         raise UserError(
             f"{out} holds a run already; go on with it (--resume), or choose another --out"
@@ -308,6 +322,8 @@ def _prepare(
         if config.features is None:
             width = row_width(target, layers)
             config.features = agreed(choose_mode(lengths, width, target.dtype, out))
+            if config.features == "disk" and zero_stage() == 3:
+                config.features = "recompute"  # one process alone would write them
         made.facts["features"] = config.features
         _pin(config, out, made)
         if config.features != "recompute":
