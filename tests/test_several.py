@@ -78,6 +78,12 @@ def test_what_one_process_does_alone_is_refused_under_zero_3(
     assert [path.read_bytes() for path in out.glob("*")] == before
 
 
+def test_weights_of_several_dtypes_are_refused_under_zero_3():
+    mixed = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).bfloat16())
+    with pytest.raises(UserError, match="torch.bfloat16, torch.float32: .*--dtype.*zero2.yaml"):
+        zero.split_frozen(mixed)
+
+
 def test_features_too_large_for_memory_are_recomputed_under_zero_3(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "choose_mode", lambda *_: "disk")
     monkeypatch.setattr(training, "SplitTarget", lambda target: target)
