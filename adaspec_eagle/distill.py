@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from pathlib import Path
@@ -514,7 +515,9 @@ class Distiller(Trainer):
         batch, reference = inputs["batch"], inputs["batch"].reference
         other = self.student.average if self.student.average is not None else self.reference
         if reference is None and other is not None:
-            found = step_losses(other, self.objective, batch, inputs["tokens"])
+            averaged = other is self.student.average  # in float32, as the head that is trained
+            with self.accelerator.autocast() if averaged else nullcontext():
+                found = step_losses(other, self.objective, batch, inputs["tokens"])
             reference = found.distilled
         stats = TokenStats(
             losses.distilled.detach(),
