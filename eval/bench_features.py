@@ -6,9 +6,9 @@ Plain distillation of a head on the first --records records, in a process for ea
 the other: `recompute` runs the target for every batch, `memory` once before the first epoch,
 `bfloat16` and `int8` read stores that make_data.py's writer made in a process before that (its
 seconds are the arm's `beforehand`, its memory does not count). An epoch's seconds are those of the
-training loop, one evaluation and two checkpoints included, over --epochs. Memory is the highest resident size of the process. tau_sim is that of the
-trained head on held-back answers with features that the target computes: what int8 costs. The last
-line of stdout is the result as JSON.
+training loop, one evaluation and two checkpoints included, over --epochs. Memory is the highest
+resident size of the process. tau_sim is that of the trained head on held-back answers with features
+that the target computes: what int8 costs. The last line of stdout is the result as JSON.
 """
 
 import argparse
