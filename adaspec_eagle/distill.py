@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from pathlib import Path
@@ -405,12 +406,7 @@ class Distiller(Trainer):
         self.objective: Objective = objective
         self.reference = reference
         if zero_stage() == 3:
-            if self.student.average is not None or head.config.train_output:
-                what = "--train-output" if head.config.train_output else objective.select
-                raise UserError(
-                    f"{what} reads weights of the head apart from its layers, where ZeRO 3 has "
-                    "them split; launch with scripts/accelerate/zero2.yaml"
-                )
+            self._check_split()
             if reference is not None:
                 split_frozen(reference)
         self.optimizer_name = optimizer
@@ -422,6 +418,19 @@ class Distiller(Trainer):
         # The loss is divided by the counts of get_batch_samples: no further division (the second
         # name is that of earlier versions of transformers).
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
+
+    def _check_split(self) -> None:
+        """Raise UserError for weights that are read apart from the layers, which ZeRO 3 splits."""
+        heads = [head for head in (self.head, self.reference) if head is not None]
+        own = [h for h in heads if any(h.output_weight is w for w in h.parameters())]
+        if own or self.student.average is not None:
+            what = self.objective.select
+            if own:
+                what = f"the {own[0].config.head} head with output rows of its own"
+            raise UserError(
+                f"{what} reads weights apart from its layers, where ZeRO 3 has them split; launch "
+                "with scripts/accelerate/zero2.yaml"
+            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Muon or AdamW (optim.py), without weight decay."""
@@ -506,7 +515,9 @@ class Distiller(Trainer):
         batch, reference = inputs["batch"], inputs["batch"].reference
         other = self.student.average if self.student.average is not None else self.reference
         if reference is None and other is not None:
-            found = step_losses(other, self.objective, batch, inputs["tokens"])
+            averaged = other is self.student.average  # in float32, as the head that is trained
+            with self.accelerator.autocast() if averaged else nullcontext():
+                found = step_losses(other, self.objective, batch, inputs["tokens"])
             reference = found.distilled
         stats = TokenStats(
             losses.distilled.detach(),

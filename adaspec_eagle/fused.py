@@ -175,35 +175,43 @@ RULES: dict[str, Rule] = {
 
 
 def _rule(name: str) -> Rule:
-    """The rule of a loss; of a user's own one with autograd's gradient."""
+    """The rule of a loss; of a user's own one, given logits for log q, with autograd's gradient."""
     if name in RULES:
         return RULES[name]
     loss = find_loss(name)
 
-    def apply(log_q: Tensor, shared: Shared, wanted: bool) -> Result:
+    def apply(logits: Tensor, shared: Shared, wanted: bool) -> Result:
         known = Known(*shared)
         with torch.enable_grad():
-            leaf = log_q.detach().requires_grad_(wanted)
+            leaf = logits.detach().requires_grad_(wanted)
             value = loss(leaf, known.logits, target_lse=known.lse, labels=known.labels)
             if not wanted:
                 return value, None
-            (by_log_q,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), by_log_q - leaf.detach().exp() * by_log_q.sum(-1, keepdim=True)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), gradient.contiguous()  # ours to overwrite, whatever the loss
 
     return (lambda known: (known.logits, known.lse, known.labels)), apply
 
 
 def _apply(
-    terms: Sequence[tuple[Rule, float]], log_q: Tensor, shared: Sequence[Shared], wanted: bool
+    terms: Sequence[tuple[str, Rule, float]],
+    logits: Tensor,
+    log_q: Tensor,
+    shared: Sequence[Shared],
+    wanted: bool,
 ) -> Result:
     """The weighted sum of several losses; one of them alone with weight 1 is itself."""
-    (rule, weight), *others = terms
-    value, gradient = rule[1](log_q.clone() if others else log_q, shared[0], wanted)
+    (name, rule, weight), *others = terms
+    if name in RULES:
+        given = log_q.clone() if others else log_q
+    else:
+        given = logits.to(log_q.dtype)  # a constant added to them may matter
+    value, gradient = rule[1](given, shared[0], wanted)
     value = weight * value
     if gradient is not None and weight != 1:
         gradient.mul_(weight)
     if others:
-        more, by_more = _apply(others, log_q, shared[1:], wanted)
+        more, by_more = _apply(others, logits, log_q, shared[1:], wanted)
         value = value + more
         if gradient is not None and by_more is not None:
             gradient += by_more
@@ -301,7 +309,7 @@ class Piece:
 
 def _walk(hidden: Tensor, rows: Tensor, work: Work, wanted: bool) -> Iterator[Piece]:
     """All tokens, chunk by chunk."""
-    terms = [(_rule(name), weight) for name, weight in token_terms(work.loss).items()]
+    terms = [(name, _rule(name), weight) for name, weight in token_terms(work.loss).items()]
     watchers = [OBSERVATIONS[name] for name in work.watch]
     steps, count, _ = hidden.shape
     width, exact = len(rows), exact_dtype(rows.dtype)
@@ -313,14 +321,15 @@ def _walk(hidden: Tensor, rows: Tensor, work: Work, wanted: bool) -> Iterator[Pi
         size = max(1, CACHED_NUMBERS // width) if rows.device.type == "cpu" else count
         for part in _pieces(len(target_logits), size):
             known = work.known(place, part, target_logits[part].to(exact))
-            shared = [rule[0](known) for rule, _ in terms]
+            shared = [rule[0](known) for _, rule, _ in terms]
             for step in range(steps):
-                log_q = torch.log_softmax(logits[step, part], -1, dtype=exact)
+                here = logits[step, part]  # [R, Vd]
+                log_q = torch.log_softmax(here, -1, dtype=exact)
                 for k, watcher in enumerate(watchers):
                     found[1 + k, step, part] = watcher(log_q, known)
-                found[0, step, part], gradient = _apply(terms, log_q, shared, wanted)
+                found[0, step, part], gradient = _apply(terms, here, log_q, shared, wanted)
                 if gradient is not None:
-                    logits[step, part] = gradient
+                    here.copy_(gradient)
         yield Piece(place, found[0], found[1:], logits)
 
 

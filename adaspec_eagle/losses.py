@@ -129,21 +129,23 @@ FEATURE = "feature"  # feature_regression, which a sum may have beside losses of
 def loss_terms(text: str) -> dict[str, float]:
     """Weights by name of `fkl`, of a sum like `feature=1,fkl=0.1`, or of `path.py:name=0.5,...`.
 
-    Raises UserError for a name that is not known, a weight that is not above 0, or no loss of
-    tokens at all.
+    Raises UserError for a name that is not known, a file or function that is not there, a weight
+    that is not above 0, or no loss of tokens at all.
     """
     found: dict[str, float] = {}
     for part in text.split(","):
-        name, _, weight = part.strip().partition("=")
+        name, equals, weight = part.strip().partition("=")
         try:
-            found[name] = float(weight) if weight else 1.0
+            found[name] = float(weight) if equals else 1.0
         except ValueError as error:
             raise UserError(
-                f"--loss {text!r}: {weight!r} is no weight; write {name}=0.5"
+                f"--loss {text!r}: {weight!r} is no weight; give a weight, as {name}=0.5"
             ) from error
         if not 0 < found[name] < math.inf:
             raise UserError(f"--loss {text!r}: the weight of {name} must be above 0")
-        if name not in (*LOSSES, FEATURE) and not is_function_path(name):
+        if is_function_path(name):
+            function_of(name)
+        elif name not in (*LOSSES, FEATURE):
             known = ", ".join((*LOSSES, FEATURE))
             raise UserError(
                 f"unknown --loss {name!r}; one of {known}, path.py:name, or a sum a=1,b=1"

@@ -1,25 +1,33 @@
 """Code of a user's own: a module from a file, a function from `path.py:name`."""
 
+import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 from adaspec_eagle.errors import UserError
 
 
-@cache
 def module_of(file: str) -> ModuleType:
     """The module in a Python file, run once. Raises UserError where there is no such file."""
-    path = Path(file).expanduser()
+    path = Path(file).expanduser().resolve()
+    place = hashlib.sha256(str(path).encode()).hexdigest()[:8]  # tells files of one stem apart
+    name = f"adaspec_plugin_{path.stem}_{place}"
+    if name in sys.modules:
+        return sys.modules[name]
     if not path.is_file():
         raise UserError(f"there is no file {file}")
-    spec = importlib.util.spec_from_file_location(f"adaspec_plugin_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

@@ -206,8 +206,10 @@ AVERAGE_DECAY = 0.99  # of adaspec-ema
 
 
 def check_selection(name: str) -> None:
-    """Raise UserError for a selection that is not known."""
-    if name not in SELECTIONS and not is_function_path(name):
+    """Raise UserError for a selection that is not known, or whose file or function is not there."""
+    if is_function_path(name):
+        function_of(name)
+    elif name not in SELECTIONS:
         raise UserError(
             f"unknown --select {name!r}; choose one of {', '.join(SELECTIONS)}, or path.py:name"
         )

@@ -164,6 +164,7 @@ class Workshop:
     target: Target
     wanted: tuple = ()
     data: Prepared | None = None
+    own_vocab: bool = False  # whether the draft vocabulary was chosen from the data, not given
 
 
 def run_training(
@@ -232,6 +233,17 @@ def _optimizer(config: TrainConfig) -> str:
     return "adamw"
 
 
+def _check_split(config: TrainConfig) -> None:
+    """Raise UserError for what one process does alone with a target that ZeRO 3 splits."""
+    alone = not config.data or config.features == "disk" or config.on_policy
+    if alone and zero_stage() == 3:
+        raise UserError(
+            "ZeRO 3 splits the target, so that no process can write answers or features alone: "
+            "give --data (make_data.py), --features memory, recompute or a store, and no "
+            "--on-policy; or launch with scripts/accelerate/zero2.yaml"
+        )
+
+
 def _given_heads(config: TrainConfig, target: Target) -> dict[str, DraftHead]:
     """The heads of --reference and --init; they must share one draft vocabulary."""
     named = {"reference": config.reference, "init": config.init}
@@ -277,7 +289,10 @@ def _settle(config: TrainConfig, out: Path, resume: bool) -> TrainConfig:
             raise UserError(
                 f"nothing to resume in {out}: {path} is missing; start without --resume"
             )
-        return TrainConfig(**json.loads(path.read_text())["config"])
+        saved = TrainConfig(**json.loads(path.read_text())["config"])
+        _check_split(saved)
+        return saved
+    _check_split(config)
     if path.exists() and ((out / "checkpoints").exists() or (out / "head").exists()):
         raise UserError(
             f"{out} holds a run already; go on with it (--resume), or choose another --out"
@@ -304,10 +319,13 @@ def _prepare(
         workshop.data = None  # lets go of its features first
         made = _read(config, target, fixed_ids)
         workshop.data, workshop.wanted = made, wanted
+        workshop.own_vocab = fixed_ids is None
         lengths = AnswerSet([*made.train.records, *made.held_back.records]).lengths()
         if config.features is None:
             width = row_width(target, layers)
             config.features = agreed(choose_mode(lengths, width, target.dtype, out))
+            if config.features == "disk" and zero_stage() == 3:
+                config.features = "recompute"  # one process alone would write them
         made.facts["features"] = config.features
         _pin(config, out, made)
         if config.features != "recompute":
@@ -319,9 +337,9 @@ def _prepare(
 
 
 def _has_vocab(workshop: Workshop, ids: torch.Tensor | None) -> bool:
-    """Whether the data prepared last have this draft vocabulary (None: any)."""
+    """Whether the data prepared last have this draft vocabulary (None: one of their own)."""
     assert workshop.data is not None
-    return ids is None or torch.equal(workshop.data.vocab, ids.cpu())
+    return workshop.own_vocab if ids is None else torch.equal(workshop.data.vocab, ids.cpu())
 
 
 def _read(config: TrainConfig, target: Target, fixed_ids: torch.Tensor | None) -> Prepared:
@@ -399,7 +417,7 @@ def _stage(
     size = sum(weight.numel() for weight in head.parameters()) / 1e6
     say(f"training {folder}: {size:.1f} M weights, selection {objective.select}, {epochs:g} epochs")
     checkpoints = job.out / "checkpoints" / name
-    train = _training_answers(job, objective, epochs, reference)
+    train, reference_seconds = _training_answers(job, objective, epochs, reference)
     trainer = Distiller(
         head,
         target=job.target,
@@ -437,6 +455,7 @@ def _stage(
         "best_tau_sim": trainer.state.best_metric,
         "best_step": trainer.state.best_global_step,
         "seconds_since_last_start": time.perf_counter() - begin,
+        "reference_seconds": reference_seconds,
         "environment": environment(),
         "curves": trainer.state.log_history,
     }
@@ -450,15 +469,21 @@ def _stage(
 
 def _training_answers(
     job: Job, objective: Objective, epochs: float, reference: DraftHead | None
-) -> AnswerSet:
-    """What a stage trains on: with the reference head's losses where they will not change."""
+) -> tuple[AnswerSet, float | None]:
+    """What a stage trains on, and the seconds that the reference head's losses took.
+
+    Those are taken beforehand where they will not change, else in every step (None).
+    """
     train = job.data.train
     if job.config.on_policy:  # answers of the stage's own; new ones have no rows on disk
-        return AnswerSet(train.records, train.table if job.config.features == "memory" else None)
+        kept = train.table if job.config.features == "memory" else None
+        return AnswerSet(train.records, kept), None
     alone = process_count() == 1  # else each would make the others' share of the pass, too
     if reference is not None and train.table is not None and epochs >= 1 and alone:
-        return compute_reference(job.target, reference, train, objective)
-    return train
+        begin = time.perf_counter()
+        train = compute_reference(job.target, reference, train, objective)
+        return train, time.perf_counter() - begin
+    return train, None
 
 
 def whole_head(head: DraftHead) -> DraftHead:

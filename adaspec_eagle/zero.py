@@ -44,10 +44,16 @@ def split_frozen(module: nn.Module) -> None:
     """Leave each process a share of a frozen module's weights, all of one dtype.
 
     They are gathered for every layer's forward, so that all processes must make the same calls.
+    Raises UserError for weights of several dtypes.
     """
+    dtype, *others = sorted({weight.dtype for weight in module.parameters()}, key=str)
+    if others:
+        raise UserError(
+            f"weights in {', '.join(map(str, (dtype, *others)))}: ZeRO 3 splits those of one dtype "
+            "only; give --dtype, or launch with scripts/accelerate/zero2.yaml"
+        )
     import deepspeed
 
-    (dtype,) = {weight.dtype for weight in module.parameters()}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},

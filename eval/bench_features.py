@@ -4,11 +4,11 @@
 
 Plain distillation of a head on the first --records records, in a process for each arm, one after
 the other: `recompute` runs the target for every batch, `memory` once before the first epoch,
-`bfloat16` and `int8` read stores that make_data.py's writer made (its seconds are the arm's
-`beforehand`). An epoch's seconds are those of the training loop, one evaluation and two checkpoints
-included, over --epochs. Memory is the highest resident size of the process. tau_sim is that of the
-trained head on held-back answers with features that the target computes: what int8 costs. The last
-line of stdout is the result as JSON.
+`bfloat16` and `int8` read stores that make_data.py's writer made in a process before that (its
+seconds are the arm's `beforehand`, its memory does not count). An epoch's seconds are those of the
+training loop, one evaluation and two checkpoints included, over --epochs. Memory is the highest
+resident size of the process. tau_sim is that of the trained head on held-back answers with features
+that the target computes: what int8 costs. The last line of stdout is the result as JSON.
 """
 
 import argparse
@@ -53,22 +53,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-length", type=positive, default=512, help="(%(default)s)")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="(all)")
     add("--out", type=Path, metavar="FILE", help="write the result as JSON")
-    add("--worker", nargs=2, metavar=("ARM", "DIR"), help=argparse.SUPPRESS)
+    add("--worker", nargs=3, metavar=("TASK", "ARM", "DIR"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-def work(args: argparse.Namespace) -> dict:
-    """One arm in the folder DIR, which has data.jsonl: its figures."""
-    arm, folder = args.worker[0], Path(args.worker[1])
+def write(args: argparse.Namespace, arm: str, folder: Path) -> dict:
+    """The store of an arm in a folder that has data.jsonl: its figures."""
+    target = Target.load(args.target)
+    data = folder / "data.jsonl"
+    records = load_training([data], target, min(args.max_length, target.context))
+    layers = head_class(args.head).feature_layers(target.num_layers)
+    began = time.perf_counter()
+    write_store(target, records, layers, folder / arm, arm)
+    return {"beforehand_s": time.perf_counter() - began}
+
+
+def train(args: argparse.Namespace, arm: str, folder: Path) -> dict:
+    """One arm in a folder that has data.jsonl, and the store where it reads one: its figures."""
     data, store, beforehand = folder / "data.jsonl", folder / arm, 0.0
-    if arm in FORMS:
-        target = Target.load(args.target)
-        records = load_training([data], target, min(args.max_length, target.context))
-        layers = head_class(args.head).feature_layers(target.num_layers)
-        began = time.perf_counter()
-        write_store(target, records, layers, store, arm)
-        beforehand = time.perf_counter() - began
-        del target
     config = TrainConfig(
         target=args.target,
         data=[str(data)],
@@ -104,22 +106,31 @@ def exact_tau(args: argparse.Namespace, made: Path, data: Path) -> float:
     return teacher_forced(target, load_head(made, target), held, 3)["tau_sim"]
 
 
+TASKS = {"write": write, "train": train}
+
+
+def run(task: str, arm: str, given: list[str], folder: str) -> dict:
+    """The figures of one task in a process of its own, whose memory is the task's alone."""
+    command = [sys.executable, __file__, *given, "--worker", task, arm, folder]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"arm {arm} ended with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the arms one after the other, print the table."""
     args = parse(argv)
     if args.worker:
-        found = work(args)
-        print(one_line(found))
+        task, arm, place = args.worker
+        print(one_line(TASKS[task](args, arm, Path(place))))
         return 0
     given, arms = list(sys.argv[1:] if argv is None else argv), {}
     with tempfile.TemporaryDirectory() as folder:
         append_jsonl(Path(folder, "data.jsonl"), islice(read_jsonl(args.data), args.records))
         for arm in args.arms:
-            command = [sys.executable, __file__, *given, "--worker", arm, folder]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                raise UserError(f"arm {arm} ended with status {done.returncode}")
-            arms[arm] = json.loads(done.stdout.splitlines()[-1])
+            written = run("write", arm, given, folder) if arm in FORMS else {}
+            arms[arm] = run("train", arm, given, folder) | written
     result = {
         "kind": "bench_features",
         "arms": arms,

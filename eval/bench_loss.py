@@ -53,11 +53,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plain_losses(
-    loss: str, hidden: torch.Tensor, draft: Output, known: torch.Tensor, target: Output
+    loss: str,
+    hidden: torch.Tensor,
+    draft: Output,
+    known: torch.Tensor,
+    target: Output,
+    labels: torch.Tensor,
 ) -> torch.Tensor:
     """All logits at once, as losses.py defines it: `[S, M]`."""
-    logits = target.logits(known).float()
-    return torch.stack([LOSSES[loss](draft.logits(step).float(), logits) for step in hidden])
+    logits, rule = target.logits(known).float(), LOSSES[loss]
+    return torch.stack([rule(draft.logits(s).float(), logits, labels=labels) for s in hidden])
 
 
 def work(args: argparse.Namespace) -> dict:
@@ -67,6 +72,7 @@ def work(args: argparse.Namespace) -> dict:
     hidden = torch.randn(args.steps, args.tokens, args.hidden).to(dtype).requires_grad_()
     known, rows = torch.randn(args.tokens, args.hidden), torch.randn(args.vocab, args.hidden)
     known, output = known.to(dtype), Output((args.hidden**-0.5 * rows).to(dtype))
+    labels = torch.randint(args.vocab, (args.tokens,))
     del rows
     before, seconds = resident(), []
     if args.limit_gb:
@@ -74,7 +80,10 @@ def work(args: argparse.Namespace) -> dict:
     for _ in range(args.times):
         began = time.perf_counter()
         given = (args.loss, hidden, output, known, output)
-        losses = plain_losses(*given) if args.arm == "plain" else chunked_losses(*given)[0]
+        if args.arm == "plain":
+            losses = plain_losses(*given, labels)
+        else:
+            losses = chunked_losses(*given, labels=labels)[0]
         losses.sum().backward()
         seconds.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from adaspec_eagle import distill
 from adaspec_eagle.distill import (
     AnswerSet,
     Distiller,
@@ -245,6 +246,30 @@ def test_adaspec_without_a_reference_is_refused(tmp_path):
     target = tiny_target()
     with pytest.raises(UserError, match="reference"):
         distiller(tmp_path, tiny_head(target), target, Objective(select="adaspec"))
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "select", "words"),
+    [
+        ("eagle3", True, "none", "the eagle3 head with output rows of its own"),
+        ("lm", False, "none", "the lm head with output rows of its own"),
+        ("eagle3", False, "adaspec-ema", "adaspec-ema reads"),
+        ("reference", True, "adaspec", "the eagle3 head with output rows of its own"),
+    ],
+)
+def test_weights_read_apart_from_their_layers_are_refused_under_zero_3(
+    tmp_path, monkeypatch, name, own, select, words
+):
+    """Before anything is split, whichever of the two heads it is."""
+    monkeypatch.setattr(distill, "zero_stage", lambda: 3)
+    monkeypatch.setattr(distill, "split_frozen", lambda head: pytest.fail("split already"))
+    target = tiny_target()
+    kind, more = ("eagle3", {}) if name == "reference" else (name, {"train_output": own})
+    head, reference = tiny_head(target, kind, **more), None
+    if name == "reference":
+        reference = tiny_head(target, train_output=True)
+    with pytest.raises(UserError, match=f"{words}.*zero2.yaml"):
+        distiller(tmp_path, head, target, Objective("fkl", select), reference=reference)
 
 
 def test_a_feature_table_holds_what_the_target_gives():

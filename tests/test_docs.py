@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from adaspec_eagle import generate, load_head
+from adaspec_eagle.plugins import function_of, module_of
 from adaspec_eagle.targets import Target
 from scripts import train_head
 from tests.records import answers_file
@@ -53,7 +55,7 @@ def followed(tmp_path_factory):
 def test_a_head_from_a_file_trains_loads_and_is_lossless(followed):
     target = Target.load(followed / "target", dtype="float64")
     head = load_head(followed / "runs" / "my-head" / "head", target)
-    assert type(head).__module__ == "adaspec_plugin_my_head"
+    assert type(head).__module__.startswith("adaspec_plugin_my_head_")
     ids = torch.randint(8, 97, (2, 7))
     found = generate(target, head, ids, max_new_tokens=24)
     assert found.answers == generate(target, None, ids, max_new_tokens=24).answers
@@ -114,3 +116,29 @@ def test_a_methods_docstring_and_the_readme_name_its_paper(method):
     assert any(number in text for text in documented)
     assert f"@article{{{method}," in (ROOT / "README.md").read_text()
     assert f"arXiv:{number}" in (ROOT / "README.md").read_text()
+
+
+def test_a_file_of_ones_own_may_hold_dataclasses_and_share_its_stem(tmp_path):
+    """Dataclasses with annotations as text look their module up by its name."""
+    found = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        (folder / "mine.py").write_text(
+            "from __future__ import annotations\n"
+            "from dataclasses import dataclass\n"
+            "@dataclass\nclass Setting:\n    value: int = 1\n"
+            f"def where():\n    return {folder.name!r}\n"
+        )
+        found.append(function_of(f"{folder}/mine.py:where"))
+    assert [where() for where in found] == ["one", "two"]
+    assert function_of(f"{tmp_path}/two/../one/mine.py:where") is found[0]
+
+
+def test_a_file_that_fails_is_run_anew_the_next_time(tmp_path):
+    file, before = tmp_path / "mine.py", set(sys.modules)
+    file.write_text("1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        module_of(str(file))
+    assert set(sys.modules) == before
+    file.write_text("value = 11\n")
+    assert module_of(str(file)).value == 11

@@ -82,7 +82,7 @@ def test_int8_is_off_by_at_most_half_a_step_of_its_group():
 
 
 def test_training_from_a_bfloat16_store_equals_training_from_memory(tmp_path):
-    """To the bit; the store is written by make_data.py, cut off between two shards and gone on."""
+    """To the bit; the store is written by make_data.py."""
     settings = {
         "target": tiny_target_folder(tmp_path / "target"),
         "data": [answers_file(tmp_path / "answers.jsonl")],

@@ -21,11 +21,22 @@ def logits(seed: int, rows: int = 7, vocab: int = 11) -> torch.Tensor:
 
 DIVERGENCES = [name for name in LOSSES if name not in ("ce", "text")]
 OWN = f"{__file__}:squared"  # a loss of a user's own
+SHIFTED, SUMMED = f"{__file__}:shifted", f"{__file__}:summed"
 
 
 def squared(draft_logits, target_logits, *, target_lse=None, labels=None):
     """Squared difference of the probabilities."""
     return (draft_logits.softmax(-1) - target_logits.softmax(-1)).square().sum(-1)
+
+
+def shifted(draft_logits, target_logits, *, target_lse=None, labels=None):
+    """Mean squared difference of the logits: adding a constant to them changes it."""
+    return (draft_logits - target_logits).square().mean(-1)
+
+
+def summed(draft_logits, target_logits, *, target_lse=None, labels=None):
+    """A loss whose gradient is one number, expanded."""
+    return draft_logits.sum(-1)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -71,7 +82,18 @@ def test_acceptance_uses_the_full_vocabulary_and_divergences_do_not():
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("name", [*LOSSES, "fkl=0.5,tv=2,ce=1", OWN, f"{OWN}=2,jsd=1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *LOSSES,
+        "fkl=0.5,tv=2,ce=1",
+        OWN,
+        f"{OWN}=2,jsd=1",
+        SHIFTED,
+        f"fkl=0.5,{SHIFTED}=2,jsd=1",
+        f"{SUMMED}=2,fkl=1",
+    ],
+)
 def test_chunked_losses_equal_plain_ones_in_value_and_gradient(name, trained, bias, monkeypatch):
     """In float64, with chunks and pieces that do not divide the tokens, and a weight a token."""
     monkeypatch.setattr(fused, "CHUNK_NUMBERS", 3 * 11)
@@ -135,13 +157,24 @@ def test_likelihood_losses_are_those_of_one_token():
 
 
 @pytest.mark.parametrize(
-    "wrong", ["kl", "fkl=", "fkl=0", "fkl=-1", "fkl=nan", "fkl=much", "fkl,kl=1", "", "feature"]
+    "wrong",
+    [
+        "kl",
+        "fkl=",
+        "fkl=0",
+        "fkl=-1",
+        "fkl=nan",
+        "fkl=much",
+        "fkl,kl=1",
+        "",
+        "feature",
+        "nowhere.py:mine",
+        f"{__file__}:nothing",
+    ],
 )
 def test_a_loss_that_is_none_is_refused(wrong):
-    if wrong == "fkl=":
-        assert loss_terms(wrong) == {"fkl": 1.0}
-        return
-    with pytest.raises(UserError, match="--loss"):
+    words = "there is no file|has no function" if ".py:" in wrong else "--loss"
+    with pytest.raises(UserError, match=words):
         loss_terms(wrong)
 
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from adaspec_eagle.distill import Distiller
 from adaspec_eagle.errors import UserError
+from adaspec_eagle.selection import needs
 from adaspec_eagle.train import TrainConfig, run_training
 from tests.records import answers_file
 from tests.tiny import tiny_target_folder
@@ -40,12 +41,28 @@ def config(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("step", [2, 9])
+@pytest.fixture(scope="module")
+def plain(config, tmp_path_factory):
+    """The folder of a run that was not stopped."""
+    out = tmp_path_factory.mktemp("plain")
+    run_training(config, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("select", "step"),
+    [("none", 2), ("none", 9), ("random", 8), ("adaspec-anneal", 8), ("adaspec-ema", 8)],
+)
 def test_ctrl_c_finishes_the_step_and_resume_gives_the_same_weights(
-    config, tmp_path, monkeypatch, step
+    config, plain, tmp_path, monkeypatch, select, step
 ):
-    run_training(config, tmp_path / "whole")
-    whole = load_file(tmp_path / "whole" / LAST)
+    """Draws, k's way down and the moving average go on where they were, too."""
+    out = plain
+    if select != "none":
+        reference = str(plain / "head") if "reference" in needs(select) else None
+        config, out = replace(config, select=select, reference=reference), tmp_path / "whole"
+        run_training(config, out)
+    whole = load_file(out / LAST)
     seen, compute = [], Distiller.compute_loss
 
     def interrupt(self, *args, **kwargs):

@@ -192,7 +192,16 @@ def test_a_selection_of_ones_own_is_given_everything_and_divided_by_all_tokens(t
     assert divisor(name, given.mask, given.keep).tolist() == given.mask.sum(1).tolist()
 
 
-@pytest.mark.parametrize("wrong", ["adaspek", "mine.py", ""])
-def test_a_selection_that_is_none_is_refused(wrong):
-    with pytest.raises(UserError, match="--select"):
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("adaspek", "--select"),
+        ("mine.py", "--select"),
+        ("", "--select"),
+        ("nowhere.py:mine", "no file nowhere.py"),
+        (f"{__file__}:nothing", "no function 'nothing'"),
+    ],
+)
+def test_a_selection_that_is_none_is_refused(wrong, words):
+    with pytest.raises(UserError, match=words):
         check_selection(wrong)

@@ -6,14 +6,17 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from adaspec_eagle import train as training
 from adaspec_eagle import zero
 from adaspec_eagle.errors import UserError
+from adaspec_eagle.record import write_json
 from adaspec_eagle.train import TrainConfig, run_training
 from tests.records import answers_file
 from tests.several import train
@@ -54,6 +57,41 @@ def test_what_a_launch_cannot_have_is_refused_by_name(
     with pytest.raises(UserError, match=words):
         run_training(TrainConfig(**config), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{"data": []}, {"features": "disk"}, {"on_policy": 0.5}], ids=str
+)
+def test_what_one_process_does_alone_is_refused_under_zero_3(
+    tmp_path, monkeypatch, changes, resume
+):
+    """The others would wait for it, and it for their shares of the target: for ever."""
+    config = TrainConfig(**{"data": ["answers.jsonl"]} | changes)
+    out = tmp_path / "out"
+    if resume:
+        write_json(out / "run.json", {"config": asdict(config)})
+    before = [path.read_bytes() for path in out.glob("*")]
+    monkeypatch.setattr(training, "zero_stage", lambda: 3)
+    with pytest.raises(UserError, match="alone: give --data .*--features memory.*zero2.yaml"):
+        run_training(TrainConfig() if resume else config, out, resume)
+    assert [path.read_bytes() for path in out.glob("*")] == before
+
+
+def test_weights_of_several_dtypes_are_refused_under_zero_3():
+    mixed = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).bfloat16())
+    with pytest.raises(UserError, match="torch.bfloat16, torch.float32: .*--dtype.*zero2.yaml"):
+        zero.split_frozen(mixed)
+
+
+def test_features_too_large_for_memory_are_recomputed_under_zero_3(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "choose_mode", lambda *_: "disk")
+    monkeypatch.setattr(training, "SplitTarget", lambda target: target)
+    monkeypatch.setattr(training, "zero_stage", lambda: 3)
+    settings, _ = job(tmp_path, epochs=0.5)
+    made = run_training(TrainConfig(**settings), tmp_path / "out")
+    assert json.loads((made / "train.json").read_text())["config"]["features"] == "recompute"
+    assert not (tmp_path / "out" / "features").exists()
 
 
 @pytest.mark.slow

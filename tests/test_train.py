@@ -19,7 +19,7 @@ from adaspec_eagle.features import target_rows
 from adaspec_eagle.head import built_in_heads, read_config
 from adaspec_eagle.prepare import draft_vocab
 from adaspec_eagle.targets import Target
-from adaspec_eagle.train import TrainConfig, run_training
+from adaspec_eagle.train import TrainConfig, Workshop, run_training
 from scripts import train_head
 from tests.records import answers_file, record
 from tests.tiny import tiny_head, tiny_model, tiny_target, tiny_target_folder
@@ -62,6 +62,7 @@ def test_a_run_leaves_a_reference_and_a_head_with_their_records(run):
     for stage, selection in (("reference", "none"), ("head", "adaspec")):
         notes = json.loads((run / stage / "train.json").read_text())
         assert notes["objective"]["select"] == selection
+        assert bool(notes["reference_seconds"]) == (selection == "adaspec")
         assert notes["environment"]["packages"]["torch"]
         assert any("eval_tau_sim" in entry for entry in notes["curves"])
         watched = [entry for entry in notes["curves"] if "loss" in entry]
@@ -171,6 +172,20 @@ def test_a_given_reference_brings_its_draft_vocabulary_along(folder, run, tmp_pa
     wrong = options(folder, head="eagle1", reference=str(run / "reference"))
     with pytest.raises(UserError, match="hidden states"):
         run_training(wrong, tmp_path / "wrong")
+
+
+def test_a_vocabulary_that_a_head_brought_along_is_not_the_next_runs(folder, run, tmp_path):
+    """Several runs of one process share their data: a plain run after one with --reference."""
+    other = answers_file(tmp_path / "other.jsonl", records=12)
+    workshop = Workshop(Target.load(str(folder / "target")))
+    settings = {"data": [other], "method": "distillspec", "epochs": 0.5}
+    given = options(folder, **settings, init=str(run / "reference"))
+    run_training(given, tmp_path / "given", workshop=workshop)
+    plain = options(folder, **settings)
+    shared = load_head(run_training(plain, tmp_path / "shared", workshop=workshop))
+    alone = load_head(run_training(options(folder, **settings), tmp_path / "alone"))
+    assert torch.equal(shared.draft_ids, alone.draft_ids)
+    assert not torch.equal(shared.draft_ids, load_head(run / "reference").draft_ids)
 
 
 def test_resuming_on_changed_data_is_refused(folder, run, tmp_path):
