@@ -246,13 +246,40 @@ def test_a_table_measured_again_agrees_and_an_altered_record_does_not(here, reco
         recorded.write_text(before)
 
 
+def test_the_recorded_head_is_measured_again_not_the_newest(here, recorded):
+    before = recorded.read_text()
+    altered = json.loads(before)
+    altered["arguments"]["head"] = None
+    target = Target.load("target", dtype="float32")
+    tiny_head(target).save(Path("runs", "newer", "head"))
+    recorded.write_text(json.dumps(altered))
+    try:
+        assert script("reproduce").main(["--data-root", "data", "--out", "again"]) == 0
+        (found,) = json.loads(Path("again", "result.json").read_text())["records"]
+        assert found["head"]["folder"] == str(Path("runs", "one", "head"))
+    finally:
+        recorded.write_text(before)
+        shutil.rmtree(Path("runs", "newer"))
+
+
+def test_questions_are_found_by_text_in_eagles_own_layout(here, recorded, tmp_path):
+    """The file of EAGLE's repository: all questions, in its form, with second turns."""
+    lines = Path("data", "eagle_qa.test.jsonl").read_text().splitlines()
+    texts = ["w9", *(json.loads(line)["messages"][0]["content"] for line in lines)]
+    rows = [{"question_id": 322 + n, "turns": [text, "w8"]} for n, text in enumerate(texts)]
+    (tmp_path / "qa").mkdir()
+    file = tmp_path / "qa" / "question.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert script("reproduce").main(["--data-root", str(tmp_path)]) == 0
+
+
 def test_missing_or_other_prompts_are_named(here, recorded, tmp_path, capsys):
     reproduce = script("reproduce").main
     assert run_main(reproduce, ["--data-root", str(tmp_path)]) == 2
-    assert "eagle_qa.test.jsonl: missing" in capsys.readouterr().err
+    assert "eagle_qa.test.jsonl or qa/question.jsonl: missing" in capsys.readouterr().err
     write_prompts(tmp_path / "eagle_qa.test.jsonl", ("w1",))
     assert run_main(reproduce, ["--data-root", str(tmp_path)]) == 2
-    assert "another file than the record's" in capsys.readouterr().err
+    assert "no question has the text (sha256)" in capsys.readouterr().err
 
 
 # ---- report --------------------------------------------------------------------------------------
