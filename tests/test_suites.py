@@ -15,6 +15,7 @@ from adaspec_eagle.contrasts import METRICS
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.measure import left_padded
 from adaspec_eagle.report import write_report
+from adaspec_eagle.report_figures import Drawing, svg
 from adaspec_eagle.suite_tables import published, suite_tables
 from adaspec_eagle.suites import SUITES, chosen_sets, read_questions, read_sets
 from tests.test_eval_scripts import script, write_prompts
@@ -50,7 +51,7 @@ def work(tmp_path_factory):
     ]  # fmt: skip
     (data / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for one in SUITES["adaspec"].sets:
-        write_prompts(data / f"{one.name}.jsonl", ("w7 w8", "w9"))
+        write_prompts(data / f"{one.name}.test.jsonl", ("w7 w8", "w9"))
     return folder
 
 
@@ -352,6 +353,10 @@ def test_an_unknown_result_is_listed_and_text_is_escaped(page):
     assert "+0.100 [+0.050, +0.200] *" in page
     assert 'forest-alpha_t1"' in page
     assert "<b>" not in page.split("A result of another kind", 1)[1]
+    drawing = Drawing("x", 'a "b" & <c>', "", lambda axes: None)
+    element = ElementTree.fromstring(svg(drawing, 'p"<x>'))
+    assert element.get("aria-label") == drawing.title
+    assert element.get("id") == 'p"<x>'
 
 
 def test_figures_are_exported_for_a_paper(work, page):
