@@ -61,7 +61,7 @@ def _specbench(name: str, label: str, more: Sequence[str] = ()) -> PromptSet:
 
 
 def _task(name: str, label: str) -> PromptSet:
-    return PromptSet(name, label, (f"{name}.test.jsonl", f"{name}.jsonl"), name)
+    return PromptSet(name, label, (f"{name}.test.jsonl",), name)
 
 
 SUITES = {
