@@ -5,9 +5,9 @@
 
 The same prompts, head, dtype, arms and trees as in the record; trees "auto" are chosen by the
 recorded costs, since those of this machine would give others. Questions of EAGLE's sets are found
-by their hash in files of either layout (see `suites.py`); other files must be the record's. For each arm
-that drafts, tau must lie in the record's bootstrap interval over the same prompts: the exit status
-is 0 if all do, else 1. Times are shown and not compared.
+by their hash in files of either layout (see `suites.py`); other files must be the record's. For
+each arm that drafts, tau must lie in the record's bootstrap interval over the same prompts: the
+exit status is 0 if all do, else 1. Times are shown and not compared.
 """
 
 import argparse
@@ -216,9 +216,7 @@ def reproduce(plan: Plan, args: argparse.Namespace, console: Console) -> dict[st
     }
 
 
-def sources(
-    plan: Plan, root: Path, settings: argparse.Namespace, target: Target
-) -> list[Source]:
+def sources(plan: Plan, root: Path, settings: argparse.Namespace, target: Target) -> list[Source]:
     """The plan's prompts, file by file."""
     made = []
     for source in plan.record["prompts"]:
