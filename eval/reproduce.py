@@ -184,11 +184,11 @@ def recorded_prompts(plan: Plan, source: dict[str, Any], root: Path) -> tuple[Pa
         return path, read_prompts(path, plan.limit)
     there = {texts_sha256(prompt["messages"]): prompt for prompt in read_questions(path, one)}
     units = [unit for unit in plan.units if unit["file"] == source["file"]]
-    asked = {d: key for u in units for key, d in zip(u["ids"], u["sha256"], strict=True)}
-    lost = [key for digest, key in asked.items() if digest not in there]
+    asked = [pair for u in units for pair in zip(u["ids"], u["sha256"], strict=True)]
+    lost = [key for key, digest in asked if digest not in there]
     if lost:
         raise UserError(f"{path}: no question has the text (sha256) of the record's {lost[0]}")
-    return path, [{**there[digest], "later": []} for digest in asked]
+    return path, [{**there[digest], "later": []} for _, digest in asked]
 
 
 def reproduce(plan: Plan, args: argparse.Namespace, console: Console) -> dict[str, Any]:

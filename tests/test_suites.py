@@ -194,6 +194,12 @@ def test_missing_sets_are_all_named_with_a_way_out(here, capsys):
     assert "--sets humaneval alpaca sum qa" in message
 
 
+def test_what_may_be_training_data_is_no_test_set(tmp_path):
+    write_prompts(tmp_path / "gsm8k.jsonl")
+    with pytest.raises(UserError, match=r"gsm8k\.test\.jsonl"):
+        read_sets(chosen_sets("adaspec", ["gsm8k"]), tmp_path, tiny_target(), 1, 4)
+
+
 def test_a_set_is_fetched_from_its_address_once(work, tmp_path, monkeypatch):
     import dataclasses
 
@@ -281,6 +287,10 @@ def test_missing_or_other_prompts_are_named(here, recorded, tmp_path, capsys):
     write_prompts(tmp_path / "eagle_qa.test.jsonl", ("w1",))
     assert run_main(reproduce, ["--data-root", str(tmp_path)]) == 2
     assert "no question has the text (sha256)" in capsys.readouterr().err
+    mine, source = script("reproduce"), {"file": "mine.jsonl", "sha256": "0"}
+    write_prompts(tmp_path / "mine.jsonl")
+    with pytest.raises(UserError, match="another file than the record's"):
+        mine.recorded_prompts(mine.Plan("one", {}, 1), source, tmp_path)
 
 
 # ---- report --------------------------------------------------------------------------------------
