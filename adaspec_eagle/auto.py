@@ -26,7 +26,7 @@ from adaspec_eagle.compiled import Call, head_call, target_call
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.paths import default_cache_dir
-from adaspec_eagle.record import write_json
+from adaspec_eagle.record import cpu_model, write_json
 from adaspec_eagle.targets import Target
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # tokens of a target forward that are timed
@@ -146,7 +146,7 @@ def costs_of(
 ) -> Costs:
     """The costs from this process, from the user's cache, or measured now and kept there."""
     device = target.device
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
     facts = {
         "device": place,
         "threads": torch.get_num_threads(),

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from adaspec_eagle.bench import Bench, known_heads
-from adaspec_eagle.draft import Dynamic, Shape, Static, parse_shape, static_paths
+from adaspec_eagle.draft import Dynamic, Sampled, Shape, Static, parse_shape, static_paths
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.foreign import assisted
-from adaspec_eagle.head import load_head
+from adaspec_eagle.head import DraftHead, load_head
 from adaspec_eagle.measure import Arm, decode
 from adaspec_eagle.record import sha256, shown
 from adaspec_eagle.storage import local_folder, read_json, weights_file
@@ -26,9 +26,9 @@ LOOKUP = 10  # tokens that prompt lookup copies, as Spec-Bench asks for; the n-g
 DEFINITIONS = {
     "baselines": "arms of other methods: `paper`; `head` and `tree` of those that draft with one; "
     "`lacks`: why an arm was not measured",
-    "lossless": "every answer that differs from generate's does so first where rounding decides, "
-    "by the rule of eval/lossless.py for the dtype; `gap`: the largest logit minus that of the "
-    "emitted token, at first differences only, the greatest over answers",
+    "lossless": "every answer that differs from generate's is the target's own by the rule of "
+    "eval/lossless.py for the dtype; `gap`: the largest logit minus that of the emitted token, the "
+    "greatest over all tokens of those answers (float32, float64: at first differences)",
 }
 
 
@@ -156,10 +156,22 @@ def _build(bench: Bench, ask: Ask) -> tuple[Arm, dict[str, Any]]:
     if head.config.head != method.head:
         raise UserError(f"{folder} is of kind {head.config.head}")
     shape = parse_shape(ask.tree) if ask.tree else method.tree
+    _check_shape(shape, head, folder)
     label = ask.tree or _label(shape)
     own = partial(decode, replace(bench, head=head), shape)
     facts = {"folder": shown(folder), "sha256": sha256(weights_file(folder))}
     return Arm(ask.name, label, own), {"head": facts | _objective(folder), "tree": label}
+
+
+def _check_shape(shape: Shape | None, head: DraftHead, folder: Path) -> None:
+    """UserError where a baseline, which is greedy, cannot draft in that shape with that head."""
+    if isinstance(shape, Sampled):
+        raise UserError("a baseline is decoded greedily, and a sampled chain is not")
+    if isinstance(shape, Static) and head.deepest and shape.depth > head.deepest:
+        raise UserError(
+            f"{folder} drafts {head.deepest} tokens deep and the tree is {shape.depth} deep; train "
+            "one that is deeper or name another tree (NAME=DIR@TREE)"
+        )
 
 
 def _objective(folder: Path) -> dict[str, str]:
@@ -181,7 +193,7 @@ def _find(bench: Bench, method: Method) -> Path:
     """The first of the known heads of the method's kind that was trained as the method says."""
     for choice in known_heads(bench.target, stages=("head", "reference")):
         kind = read_json(choice.folder / "config.json").get("head")
-        select = _objective(choice.folder).get("select", "none")
+        select = _objective(choice.folder).get("select")
         if (kind, select) == (method.head, method.select):
             return choice.folder
     trained = "adaspec" if method.select == "adaspec" else "distillspec"

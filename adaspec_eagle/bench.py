@@ -34,10 +34,14 @@ class Prompt:
 
     @property
     def sha256(self) -> str:
-        """Hex SHA-256 of the texts of `messages` and `later` as a JSON list: who has the set can
-        tell that a prompt is the same."""
-        texts = [*(message["content"] for message in self.messages), *self.later]
-        return hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
+        """Who has the set can tell by it that a prompt is the same."""
+        return texts_sha256(self.messages, self.later)
+
+
+def texts_sha256(messages: Sequence[dict[str, str]], later: Sequence[str] = ()) -> str:
+    """Hex SHA-256 of the texts of `messages` and `later` as a JSON list."""
+    texts = [*(message["content"] for message in messages), *later]
+    return hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,9 @@ def _training(notes: Record | None) -> str:
         return "| data | not on record |\n| method | not on record |"
     data, aim = notes.get("data", {}), notes.get("objective", {})
     tasks = ", ".join(f"{task} {count:,}" for task, count in data.get("tasks", {}).items())
-    selected = f"AdaSPEC, k = {aim.get('keep')}" if aim.get("select") == "adaspec" else "all tokens"
+    select = aim.get("select", "none")
+    name = "AdaSPEC" if select == "adaspec" else f"selection {select}"
+    selected = "all tokens" if select == "none" else f"{name}, k = {aim.get('keep')}"
     return (
         f"| data | {data.get('records', 0):,} prompts with answers ({tasks}), "
         f"{data.get('answer_tokens', 0):,} answer tokens |\n"
@@ -130,8 +132,8 @@ def _figures(notes: Record | None, result: Record | None) -> str:
             return f"tau and alpha: not on record. {measure}"
         return f"tau_sim {best:.3f} on held-back answers; tau and alpha: not on record. {measure}"
     lines = ["| arm | tau | alpha by depth | speed-up over generate |", "|---|---|---|---|"]
-    for arm in result["arms"].values():
-        if arm.get("nodes"):
+    for key, arm in result["arms"].items():
+        if arm.get("nodes") and key not in result.get("baselines", {}):
             alpha = " ".join(f"{a:.2f}" for a in arm.get("alpha_by_depth") or []) or "-"
             speed = f"{arm['speedup_vs_generate']:.2f} {_bounds(arm['speedup_vs_generate_ci95'])}"
             tau = f"{arm['tau']:.2f} {_bounds(arm['tau_ci95'])}"

@@ -49,9 +49,9 @@ DEFINITIONS = {
     "peak_memory_bytes": "CUDA: peak allocated while the arm ran; CPU: peak resident set of the "
     "process while the arm ran",
     "generate": "transformers' model.generate, do_sample=False, no penalties, stock attention",
-    "efficiency": "decode_speedup_vs_loop / (tau t(1) / t(n)): what drafting leaves of the gain "
-    "that tau promises; t(n): the target's forward with n tokens, from `costs`, n: the mean number "
-    "of tokens that the arm verifies a round",
+    "efficiency": "arms of this package: decode_speedup_vs_loop / (tau t(1) / t(n)): what drafting "
+    "leaves of the gain that tau promises; t(n): the target's forward with n tokens, from `costs`, "
+    "n: the mean number of tokens that the arm verifies a round",
     "costs": "median seconds of a forward behind 256 tokens: of the target with `sizes` new ones, "
     "and of one level of drafting, 8 wide",
     "loop": "this package's decoding loop without a draft",
@@ -216,8 +216,13 @@ def measured_figures(bench: Bench, arms: Sequence[Arm], units: Sequence[Unit]) -
 
 
 def efficiency(arm: dict[str, Any], costs: Costs) -> float | None:
-    """What drafting leaves of the speed-up that an arm's tau promises; None without drafts."""
-    if not arm["nodes"] or not arm["rounds"] or arm["decode_speedup_vs_loop"] is None:
+    """What drafting leaves of the speed-up that an arm's tau promises.
+
+    None without drafts, and for arms of other loops, whose seconds of verifying are not known.
+    """
+    if not arm["nodes"] or not arm["seconds"].get("verify"):
+        return None
+    if not arm["rounds"] or arm["decode_speedup_vs_loop"] is None:
         return None
     verified = 1 + arm["nodes"] / arm["rounds"]
     promised = arm["tau"] * costs.of_target(1) / costs.of_target(verified)

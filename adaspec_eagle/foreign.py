@@ -163,4 +163,9 @@ def _decoder_row(bench: Bench, text: str, forward: Callable, ids: Tensor) -> Ans
             f"{text}: accept_lengths add up to {sum(came)}, but {len(answer)} tokens came; it has "
             "an entry for each target forward behind prefill"
         )
+    if len(came) < len(seen.sizes) - 1:
+        raise UserError(
+            f"{text}: accept_lengths has {len(came)} entries for {len(seen.sizes) - 1} target "
+            "forwards behind prefill, which would make its tau too high"
+        )
     return [answer], count_rounds(came, len(answer), seen.prefill(start))

@@ -33,7 +33,7 @@ def arms_table(result: Figures) -> Table:
     for key, figures in arms.items():
         shape = "" if figures["shape"] in (None, key) else f"\n{figures['shape']}"
         table.add_column(key + shape, justify="right")
-    for label, cell in arm_rows().items():
+    for label, cell in arm_rows(matched_with(result)).items():
         table.add_row(label, *(cell(figures) for figures in arms.values()))
     return table
 
@@ -43,8 +43,11 @@ def _title(result: Figures) -> str:
     return f"{target['name']}, {target['dtype']}, {prompts} prompts [dim](95 % interval)[/dim]"
 
 
-def arm_rows() -> dict[str, Callable[[Figures], str]]:
-    """Label -> cell of the table of arms, from one arm's figures."""
+def arm_rows(reference: str = "generate") -> dict[str, Callable[[Figures], str]]:
+    """Label -> cell of the table of arms, from one arm's figures.
+
+    reference: the arm that answers were compared with, a result's `matched_with`.
+    """
     rows = {
         "tokens/s, end to end": ratio("tokens_per_s", 1),
         "speed-up over generate": ratio("speedup_vs_generate"),
@@ -61,8 +64,13 @@ def arm_rows() -> dict[str, Callable[[Figures], str]]:
     for part in ("prefill", "draft", "verify", "rest"):
         rows[f"seconds: {part}"] = seconds(part)
     rows["peak memory, MB"] = lambda arm: f"{arm['peak_memory_bytes'] / 1e6:.0f}"
-    rows["answers equal to generate's"] = lambda arm: f"{arm['matched']}/{arm['total']}"
+    rows[f"answers equal to {reference}'s"] = lambda arm: f"{arm['matched']}/{arm['total']}"
     return rows
+
+
+def matched_with(result: Figures) -> str:
+    """The arm that a result's answers were compared with; old records do not say."""
+    return result.get("matched_with", "generate")
 
 
 def ratio(name: str, digits: int = 2) -> Callable[[Figures], str]:
@@ -230,7 +238,7 @@ def _speed_panel(axes: Any, arms: dict[str, Figures]) -> None:
     tops = []
     for place, (key, arm) in enumerate(arms.items()):
         speed, (low, high) = arm["tokens_per_s"], arm["tokens_per_s_ci95"]
-        axes.bar(place, speed, color=_color(key, arms), width=0.65)
+        axes.bar(place, speed, color=arm_color(key, arms), width=0.65)
         spread = [[max(speed - low, 0.0)], [max(high - speed, 0.0)]]
         axes.errorbar(place, speed, yerr=spread, color="black", capsize=4, linewidth=1)
         note = f"\n{arm['speedup_vs_generate']:.2f} ×" if arm["shape"] else ""
@@ -255,7 +263,7 @@ def _acceptance_panel(axes: Any, arms: dict[str, Figures]) -> None:
         if not shares:
             continue
         depths = range(1, len(shares) + 1)
-        bounds, color = arm["acceptance_by_depth_ci95"], _color(key, arms)
+        bounds, color = arm["acceptance_by_depth_ci95"], arm_color(key, arms)
         axes.fill_between(depths, *zip(*bounds, strict=True), color=color, alpha=0.15, lw=0)
         label = f"{_label(key, arm).replace(chr(10), ' ')}, tau {arm['tau']:.2f}"
         axes.plot(depths, shares, "o-", color=color, label=label, markersize=4)
@@ -269,7 +277,7 @@ def _acceptance_panel(axes: Any, arms: dict[str, Figures]) -> None:
     _bare(axes)
 
 
-def _color(key: str, arms: dict[str, Figures]) -> str:
+def arm_color(key: str, arms: dict[str, Figures]) -> str:
     """An arm's own colour, or the next of OTHERS."""
     others = [name for name in arms if name not in COLORS]
     return COLORS[key] if key in COLORS else OTHERS[others.index(key) % len(OTHERS)]

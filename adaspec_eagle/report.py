@@ -17,7 +17,7 @@ from typing import Any
 from adaspec_eagle.compare_tables import cell_text, difference_text
 from adaspec_eagle.contrasts import METRICS
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.plots import arm_rows
+from adaspec_eagle.plots import arm_rows, matched_with
 from adaspec_eagle.report_figures import (
     Drawing,
     drawings,
@@ -188,7 +188,7 @@ def tiles(view: Figures) -> str:
     best = view["headline"]
     arm = view["arms"][best["arm"]]
     low, high = best["ci95"]
-    reference = view.get("matched_with", "generate")
+    reference = matched_with(view)
     shown = [
         (f"{best['speedup']:.2f} ×", f"over {best['over']} ({low:.2f} to {high:.2f})"),
         (f"{arm['tokens_per_s']:.1f}", "tokens/s, end to end"),
@@ -201,7 +201,7 @@ def tiles(view: Figures) -> str:
 
 def arms_data(view: Figures) -> TableData:
     """One row an arm, one column a figure."""
-    cells = arm_rows()
+    cells = arm_rows(matched_with(view))
     header = ["arm", "draft", *cells]
     rows = [
         [key, arm["shape"] or "-", *(cell(arm) for cell in cells.values())]

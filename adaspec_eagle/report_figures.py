@@ -9,17 +9,18 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from adaspec_eagle.plots import COLORS
+from adaspec_eagle.plots import OTHERS, arm_color
 from adaspec_eagle.record import write_bytes
 
 Figures = dict[str, Any]
 INK, MUTED, LINE, PAPER = "#24292f", "#6e7781", "#d0d7de", "#fefefe"
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--card)"}
 PARTS = {"draft": "#d9622b", "verify": "#3b7dd8", "rest": "#8a8f98"}
-ACCEPTED, OTHERS = "#d9622b", ("#7a4fbf", "#2f9e6e", "#c2a02b", "#1f8fa3", "#c23b5e", "#7d5a3c")
+ACCEPTED = "#d9622b"
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
@@ -168,7 +169,7 @@ def svg(drawing: Drawing, salt: str) -> str:
     text = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--sans)", text)
     for color, variable in VARIABLES.items():
         text = text.replace(color, variable)
-    label = f'<svg id="{salt}" role="img" aria-label="{drawing.title}"'
+    label = f'<svg id="{escape(salt)}" role="img" aria-label="{escape(drawing.title)}"'
     return text.replace("<svg", label, 1)
 
 
@@ -185,12 +186,6 @@ def export(drawing: Drawing, folder: Path, name: str) -> None:
 
 
 # ---- measurements --------------------------------------------------------------------------------
-
-
-def arm_color(key: str, arms: Figures) -> str:
-    """An arm's own colour, or the next free one."""
-    others = [name for name in arms if name not in COLORS]
-    return COLORS[key] if key in COLORS else OTHERS[others.index(key) % len(OTHERS)]
 
 
 def arm_label(key: str, arm: Figures) -> str:

@@ -158,22 +158,26 @@ def token_gaps(target: Target, prompt: list[int], answers: list[list[int]]) -> l
 
 
 def agreement(target: Target, units: Sequence[Unit], key: str) -> dict[str, Any]:
-    """Whether an arm's answers are those of arm `generate`, judged where they first differ.
+    """Whether an arm's answers are those of arm `generate`, by the rule of the target's dtype.
 
-    `lossless`, `gap` (the greatest) and `differences`; what follows a first difference is not
-    looked at: `compare` rescores whole answers.
+    `lossless`, `gap` (the greatest) and `differences`. An answer that differs is judged where it
+    first does, in half precision at all of its tokens; equal answers are not rescored.
     """
-    found = [
-        difference(target, prompt, wanted, answer)
+    unequal = [
+        (prompt, wanted, answer)
         for unit in units
         for prompt, wanted, answer in zip(
             unit.prompts, unit.outcomes["generate"].answers, unit.outcomes[key].answers, strict=True
         )
         if wanted != answer
     ]
+    found = [difference(target, *one) for one in unequal]
+    gaps = [one.gap for one in found]
     if target.dtype in HALF:
-        fine = all(one.gap <= MARGIN for one in found)
+        for prompt, _, answer in unequal:
+            gaps += token_gaps(target, prompt.ids, [answer])[0]
+        fine = all(gap <= MARGIN for gap in gaps)
     else:
         fine = all(target.dtype == torch.float32 and one.tie for one in found)
-    gap = max((one.gap for one in found), default=0.0)
+    gap = max(gaps, default=0.0)
     return {"lossless": fine, "gap": gap, "differences": [asdict(one) for one in found]}

@@ -61,7 +61,7 @@ def _specbench(name: str, label: str, more: Sequence[str] = ()) -> PromptSet:
 
 
 def _task(name: str, label: str) -> PromptSet:
-    return PromptSet(name, label, (f"{name}.test.jsonl", f"{name}.jsonl"), name)
+    return PromptSet(name, label, (f"{name}.test.jsonl",), name)
 
 
 SUITES = {
@@ -128,13 +128,14 @@ def read_sets(
     root None: from the hub. Raises UserError that lists every set whose file is not under `root`.
     """
     if root is not None:
-        missing = [one for one in sets if _local(one, root) is None]
+        missing = [one for one in sets if local_file(one, root) is None]
         if missing:
             raise UserError(_what_is_missing(missing, sets, root))
     return [_read_set(one, root, target, limit, max_new_tokens) for one in sets]
 
 
-def _local(one: PromptSet, root: Path) -> Path | None:
+def local_file(one: PromptSet, root: Path) -> Path | None:
+    """The set's file under the root, None where there is none."""
     return next((root / file for file in one.files if (root / file).is_file()), None)
 
 
@@ -161,7 +162,7 @@ def _read_set(
         digest = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
         origin = _published(one)
     else:
-        path = _fetched(one) if root is None else _local(one, root)
+        path = _fetched(one) if root is None else local_file(one, root)
         assert path is not None
         digest, origin = sha256(path), one.hub if root is None else shown(path)
         records = read_questions(path, one)[:limit]

@@ -260,6 +260,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+HIDDEN = ("out", "worker", "speculators")  # no settings of a measurement: folders, one's own task
+
+
 def result_of(args: argparse.Namespace, arms: list[Arm], rate: float) -> dict:
     """tokens/s (supervised ones: all of a row but the first) and shares of the matrix rate."""
     tokens = args.rows * (args.length - 1)
@@ -282,7 +285,7 @@ def result_of(args: argparse.Namespace, arms: list[Arm], rate: float) -> dict:
         "arms": found,
         "matrix_rate": rate,
         "useful_flop_per_token": useful,
-        "settings": {k: str(v) for k, v in vars(args).items() if k not in ("out", "worker")},
+        "settings": {k: str(v) for k, v in vars(args).items() if k not in HIDDEN},
         "environment": environment(),
     }
 

@@ -1,7 +1,7 @@
 """Show result folders as one HTML page that needs no network.
 
     python eval/report.py results/dev6 --out report.html
-    python eval/report.py results/* runs/mine --out report.html --figures figures/
+    python eval/report.py results/*/ runs/mine --out report.html --figures figures/
 
 A folder holds the result.json of a measurement, or the train.json of a head (also in `head` and
 `reference`). --figures writes every drawing as PNG and PDF for a paper.

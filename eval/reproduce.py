@@ -3,10 +3,11 @@
     python eval/reproduce.py --data-root DIR                 what `make paper-table` runs
     python eval/reproduce.py --data-root DIR --minutes 2     on fewer prompts
 
-The same prompts (their hashes are checked), head, dtype, arms and trees as in the record; trees
-"auto" are chosen by the recorded costs, since those of this machine would give others. For each arm
-that drafts, tau must lie in the record's bootstrap interval over the same prompts: the exit status
-is 0 if all do, else 1. Times are shown and not compared.
+The same prompts, head, dtype, arms and trees as in the record; trees "auto" are chosen by the
+recorded costs, since those of this machine would give others. Questions of EAGLE's sets are found
+by their hash in files of either layout (see `suites.py`); other files must be the record's. For
+each arm that drafts, tau must lie in the record's bootstrap interval over the same prompts: the
+exit status is 0 if all do, else 1. Times are shown and not compared.
 """
 
 import argparse
@@ -23,7 +24,15 @@ from rich.console import Console
 from rich.table import Table
 
 from adaspec_eagle.auto import Costs
-from adaspec_eagle.bench import Bench, Source, describe_bench, open_bench, read_source
+from adaspec_eagle.bench import (
+    Bench,
+    Source,
+    describe_bench,
+    make_prompt,
+    open_bench,
+    texts_sha256,
+)
+from adaspec_eagle.data import Prompt, read_prompts
 from adaspec_eagle.draft import Auto
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.figures import measured_figures, total
@@ -31,8 +40,10 @@ from adaspec_eagle.measure import Arm, Unit, build_arms, decode, run_arms
 from adaspec_eagle.record import bootstrap_ratio, one_line, sha256, with_interval, write_json
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.storage import read_json, weights_file
+from adaspec_eagle.suites import SUITES, PromptSet, local_file, read_questions
 from adaspec_eagle.targets import Target
 
+EAGLE_SETS = {one.files[0]: one for one in SUITES["eagle"].sets}
 NAMED = re.compile(r"<!-- table:([^\s/]+)")
 WARM_UP = 1.25  # of the recorded time, for what is not recorded
 
@@ -145,18 +156,39 @@ def check_files(plan: Plan, root: Path) -> None:
     """UserError that lists what is missing under the data root, or other than in the record."""
     wrong = []
     for source in plan.record["prompts"]:
-        path = root / Path(source["file"]).name
-        if not path.is_file():
-            wrong.append(f"{path.name}: missing")
-        elif sha256(path) != source["sha256"]:
-            wrong.append(f"{path.name}: another file than the record's (sha256 differs)")
+        try:
+            recorded_prompts(plan, source, root)
+        except UserError as error:
+            wrong.append(str(error))
     if wrong:
         lines = "\n  ".join(wrong)
         raise UserError(
-            f"table {plan.name} needs prompt files that --data-root {root} does not have:\n  "
-            f"{lines}\nEAGLE's question files come from its repository (SafeAILab/EAGLE, "
-            "eagle/data); the record names each file's hash"
+            f"table {plan.name} needs prompts that --data-root {root} does not have:\n  {lines}\n"
+            "EAGLE's questions are those of its repository (SafeAILab/EAGLE, eagle/data)"
         )
+
+
+def recorded_prompts(plan: Plan, source: dict[str, Any], root: Path) -> tuple[Path, list[Prompt]]:
+    """A source's file under the root and the plan's prompts of it, their first turns only.
+
+    Raises UserError where the file is missing or its prompts are not the record's.
+    """
+    name = Path(source["file"]).name
+    one = EAGLE_SETS.get(name, PromptSet(name, name, (name,), ""))
+    path = local_file(one, root)
+    if path is None:
+        raise UserError(f"{' or '.join(one.files)}: missing")
+    if name not in EAGLE_SETS:
+        if sha256(path) != source["sha256"]:
+            raise UserError(f"{path.name}: another file than the record's (sha256 differs)")
+        return path, read_prompts(path, plan.limit)
+    there = {texts_sha256(prompt["messages"]): prompt for prompt in read_questions(path, one)}
+    units = [unit for unit in plan.units if unit["file"] == source["file"]]
+    asked = [pair for u in units for pair in zip(u["ids"], u["sha256"], strict=True)]
+    lost = [key for key, digest in asked if digest not in there]
+    if lost:
+        raise UserError(f"{path}: no question has the text (sha256) of the record's {lost[0]}")
+    return path, [{**there[digest], "later": []} for _, digest in asked]
 
 
 def reproduce(plan: Plan, args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -166,9 +198,9 @@ def reproduce(plan: Plan, args: argparse.Namespace, console: Console) -> dict[st
     which = "all" if plan.whole else f"a subset, the first {plan.limit} of each file:"
     console.print(f"{plan.name}: {which} {count} prompts", markup=False)
     given = {"dtype": record["target"]["dtype"], "limit": plan.limit, "out": args.out}
-    given["prompts"] = [str(args.data_root / Path(s["file"]).name) for s in record["prompts"]]
+    given["head"] = record["head"]["folder"]
     settings = argparse.Namespace(**record["arguments"] | given)
-    bench = open_bench(settings, sources)
+    bench = open_bench(settings, partial(sources, plan, args.data_root))
     arms = recorded_arms(bench, record)
     units = run_arms(bench, arms, "measuring")
     compared = compare(plan, arms, units, bench.seed)
@@ -184,10 +216,15 @@ def reproduce(plan: Plan, args: argparse.Namespace, console: Console) -> dict[st
     }
 
 
-def sources(settings: argparse.Namespace, target: Target) -> list[Source]:
-    """The record's prompt files."""
-    how = (target, settings.limit, settings.max_new_tokens)
-    return [read_source(name, *how) for name in settings.prompts]
+def sources(plan: Plan, root: Path, settings: argparse.Namespace, target: Target) -> list[Source]:
+    """The plan's prompts, file by file."""
+    made = []
+    for source in plan.record["prompts"]:
+        path, found = recorded_prompts(plan, source, root)
+        name = str(path)
+        prompts = [make_prompt(one, name, target, settings.max_new_tokens) for one in found]
+        made.append(Source(name, sha256(path), prompts))
+    return made
 
 
 def recorded_arms(bench: Bench, record: dict[str, Any]) -> list[Arm]:

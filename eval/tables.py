@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = args.readme.read_text(encoding="utf-8")
     if before.count("<!-- table:") != len(MARKED.findall(before)):
         raise UserError(f"{args.readme}: a `<!-- table:NAME -->` has no `<!-- /table -->` after it")
-    after = MARKED.sub(lambda m: f"{m[1]}{section(args.results, m[2])}\n{m[3]}", before)
+    told: set[str] = set()
+    after = MARKED.sub(lambda m: f"{m[1]}{section(args.results, m[2], told)}\n{m[3]}", before)
     if args.check and after != before:
         print(f"{args.readme} is out of date: run python eval/tables.py")
         return 1
@@ -53,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def section(results: Path, name: str) -> str:
-    """One table and the line that says where it comes from."""
+def section(results: Path, name: str, told: set[str]) -> str:
+    """One table and the line that says where it comes from, which `told` records have had."""
     folder, _, view = name.partition("/")
     path = results / folder / "result.json"
     if not path.is_file():
@@ -63,7 +64,9 @@ def section(results: Path, name: str) -> str:
     key = f"{result.get('kind')}{'/' if view else ''}{view}"
     if key not in VIEWS:
         raise UserError(f"table {name}: no view for {key!r}; there are {', '.join(VIEWS)}")
-    return f"{VIEWS[key](result)}\n\n{source_line(path, result)}"
+    source = "From the same record." if folder in told else source_line(path, result)
+    told.add(folder)
+    return f"{VIEWS[key](result)}\n\n{source}"
 
 
 def source_line(path: Path, result: dict[str, Any]) -> str:
@@ -83,7 +86,8 @@ def source_line(path: Path, result: dict[str, Any]) -> str:
 def speedup(result: dict[str, Any]) -> str:
     """Rows are figures, columns are arms."""
     arms = result["arms"]
-    rows = [[label, *map(cell, arms.values())] for label, cell in plots.arm_rows().items()]
+    labels = plots.arm_rows(plots.matched_with(result))
+    rows = [[label, *map(cell, arms.values())] for label, cell in labels.items()]
     shapes = {key: arm["shape"] for key, arm in arms.items()}
     header = ["", *(f"{key} ({shape})" if shape else key for key, shape in shapes.items())]
     return f"{markdown_table(header, rows)}\n\n{result['headline']['sentence']}"

@@ -47,6 +47,10 @@ def liar(inputs, model, tokenizer, max_new_tokens):
 def stranger(inputs, model, tokenizer, max_new_tokens):
     return inputs.input_ids + 1, 0, 0, []
 
+def short(inputs, model, tokenizer, max_new_tokens):
+    ids, new, steps, came = forward(inputs, model, tokenizer, max_new_tokens)
+    return ids, new, steps, [sum(came)]
+
 def nothing(inputs, model, tokenizer, max_new_tokens):
     return inputs.input_ids
 '''
@@ -159,7 +163,12 @@ def test_a_decoder_from_a_file_is_counted_by_what_its_forwards_brought(decoder):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("liar", "add up to 1"), ("stranger", "not the prompt"), ("nothing", "gave Tensor")],
+    [
+        ("liar", "add up to 1"),
+        ("short", "1 entries for"),
+        ("stranger", "not the prompt"),
+        ("nothing", "gave Tensor"),
+    ],
 )
 def test_a_decoder_that_breaks_the_signature_is_told_so(decoder, name, message):
     arm = decoder_arm(bench(tiny_target()), f"{decoder}:{name}")
@@ -202,6 +211,32 @@ def test_what_is_not_there_is_named_and_nothing_stands_in_for_it(tmp_path, monke
     )
 
 
+def test_a_tree_that_a_baseline_cannot_draft_is_what_it_lacks(tmp_path, monkeypatch):
+    """Known before anything is measured: a warm-up that fails would take all other arms along."""
+    monkeypatch.chdir(tmp_path)
+    target = tiny_target()
+    head = tiny_head(target, "medusa")
+    head.save(tmp_path / "m")
+    tiny_head(target, "eagle1").save(tmp_path / "e")
+    deep = f"medusa=m@chain:{head.deepest + 1}"
+    made = build_baselines(bench(target), parse_asks([deep, "eagle1=e@sampled:2"]))
+    assert made.arms == []
+    assert f"{head.deepest} tokens deep" in made.facts["medusa"]["lacks"]
+    assert "greedily" in made.facts["eagle1"]["lacks"]
+    fits = parse_asks([f"medusa=m@chain:{head.deepest}"])
+    assert [arm.key for arm in build_baselines(bench(target), fits).arms] == ["medusa"]
+
+
+def test_a_head_without_notes_is_not_taken_for_a_plainly_distilled_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    target = tiny_target()
+    tiny_head(target, "eagle1").save("runs/a/head")
+    assert (
+        "none that"
+        in build_baselines(bench(target), parse_asks(["eagle1"])).facts["eagle1"]["lacks"]
+    )
+
+
 def test_heads_are_found_by_kind_and_by_how_they_were_trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     target = tiny_target()
@@ -227,7 +262,7 @@ def test_all_methods_stand_in_one_table(tmp_path, monkeypatch, capsys, decoder):
     target = Target.load(tiny_target_folder(tmp_path / "target"), dtype="float32")
     tiny_head(target).save("runs/one/head", {"objective": {"select": "adaspec"}})
     tiny_head(target).save("runs/one/reference", {"objective": {"select": "none"}})
-    tiny_head(target, "eagle1").save("runs/two/head")
+    tiny_head(target, "eagle1").save("runs/two/head", {"objective": {"select": "none"}})
     write_prompts(tmp_path / "a.jsonl")
     others = ["all", "assisted=target", "eagle2=runs/two/head@dynamic"]
     more = ["--prompts", "a.jsonl", "--arm", f"{decoder}:forward", "--out", "made"]
@@ -237,6 +272,8 @@ def test_all_methods_stand_in_one_table(tmp_path, monkeypatch, capsys, decoder):
     assert list(result["arms"]) == ["generate", "loop", "chain", "tree", *names]
     assert all(arm["lossless"] for arm in result["arms"].values())
     assert result["arms"]["eagle2"]["shape"] == "dynamic"
+    assert result["arms"]["lookup"]["efficiency"] is None
+    assert result["arms"]["tree"]["efficiency"] > 0
     assert "lacks" in result["baselines"]["medusa"]
     first = [next(iter(unit["arms"])) for unit in result["per_prompt"]]
     assert first == ["generate", "loop", "chain"]
@@ -244,7 +281,7 @@ def test_all_methods_stand_in_one_table(tmp_path, monkeypatch, capsys, decoder):
     assert "medusa: not measured, it lacks a head of kind medusa: none that" in out
     assert (tmp_path / "made" / "speedup.png").read_bytes().startswith(b"\x89PNG")
     tables = script("tables")
-    text = tables.section(tmp_path, "made/methods")
+    text = tables.section(tmp_path, "made/methods", set())
     assert "| medusa | lacks a head of kind medusa |" in text
     assert "arXiv 2401.15077" in text
 

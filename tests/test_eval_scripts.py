@@ -12,8 +12,8 @@ from adaspec_eagle import Target
 from adaspec_eagle.bench import Prompt, draft_shapes, find_head
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.figures import BASELINES, RATIOS, total
-from adaspec_eagle.measure import PARTS, greedy_baseline, left_padded
-from adaspec_eagle.rescore import token_gaps
+from adaspec_eagle.measure import PARTS, Outcome, Unit, greedy_baseline, left_padded
+from adaspec_eagle.rescore import agreement, token_gaps
 from adaspec_eagle.stats import AcceptanceStats
 
 EVAL = Path(__file__).parents[1] / "eval"
@@ -195,6 +195,32 @@ def test_lossless_passes_in_every_dtype_by_its_own_rule(here, capsys, dtype):
     for mode in result["modes"].values():
         assert (mode["rescored"] is not None) == (dtype == "bfloat16")
         assert len(mode["differences"]) == mode["total"] - mode["matched"]
+
+
+def test_in_half_precision_a_different_answer_is_judged_at_all_its_tokens(monkeypatch):
+    """A near tie first and a bad token behind it: the first difference alone would pass."""
+    target = tiny_target()
+    target.model.to(torch.bfloat16)
+    ids = [5, 6, 7]
+
+    def ranked(tokens: list[int]) -> list[int]:
+        logits = target.model(torch.tensor([tokens])).logits[0, -1]
+        return logits.argsort(descending=True).tolist()
+
+    best, second = ranked(ids)[:2]
+    wanted, answer = [best, 9], [second, ranked([*ids, second])[-1]]
+    prompt = Prompt("p", "", "s", [], ids)
+    outcomes = {
+        key: Outcome([row], AcceptanceStats(), 0)
+        for key, row in (("generate", wanted), ("same", wanted), ("other", answer))
+    }
+    units = [Unit([prompt], outcomes)]
+    assert agreement(target, units, "same") == {"lossless": True, "gap": 0.0, "differences": []}
+    small, large = token_gaps(target, ids, [answer])[0]
+    assert small < large
+    monkeypatch.setattr("adaspec_eagle.rescore.MARGIN", (small + large) / 2)
+    found = agreement(target, units, "other")
+    assert (found["lossless"], found["gap"]) == (False, large)
 
 
 def test_answers_rescored_together_score_as_each_does_in_one_forward():

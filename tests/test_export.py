@@ -203,6 +203,29 @@ def test_the_card_offers_no_command_that_cannot_work():
     assert "sglang.launch_server" not in biased
 
 
+def test_the_card_lists_no_other_method_and_names_any_selection():
+    fields = vars(tiny_head(tiny_target()).config)
+    figures = {"tau": 1.5, "tau_ci95": [1, 2], "speedup_vs_generate": 1.25,
+               "speedup_vs_generate_ci95": [1, 2], "nodes": 9}  # fmt: skip
+    result = {
+        "arms": {"tree": figures | {"shape": "auto"}, "lookup": figures | {"shape": "copies"}},
+        "baselines": {"lookup": {}},
+        "prompts": [],
+        "target": {"dtype": "bfloat16"},
+        "environment": {"cuda": None, "cpu": "Some CPU"},
+    }
+    for select, words in (
+        ("none", "all tokens"),
+        ("adaspec", "AdaSPEC, k = 0.4"),
+        ("random", "selection random, k = 0.4"),
+    ):
+        notes = {"objective": {"select": select, "keep": 0.4}}
+        card = model_card(fields, notes, "MIT", result=result)
+        assert f"| method | {words}, loss" in card
+        assert "| auto | 1.50" in card
+        assert "copies" not in card
+
+
 def test_the_licence_is_the_one_that_the_targets_card_states(tmp_path):
     assert target_licence("smollm2-135m") == "Apache-2.0"
     assert target_licence(str(tmp_path)) is None

@@ -1,6 +1,9 @@
 """The shape of the code: import arrows, and the contract over every file in heads/."""
 
 import ast
+import re
+import subprocess
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -138,6 +141,39 @@ def test_a_head_is_found_by_module_and_by_file(tmp_path):
     for wrong in ("nowhere", "json.decoder", str(tmp_path / "none.py")):
         with pytest.raises(UserError):
             head_class(wrong)
+
+
+def tracked(*folders: str) -> list[str]:
+    """Paths of the files there that git knows; skips outside a checkout."""
+    command = ["git", "-C", str(REPOSITORY), "ls-files", *folders]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("no git checkout")
+    return done.stdout.splitlines()
+
+
+def test_every_data_file_of_the_package_is_installed():
+    setup = ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    packages = {"adaspec_eagle": "adaspec_eagle", "heads": "adaspec_eagle.heads"}
+    for folder, package in packages.items():
+        patterns = setup["options.package_data"][package].split()
+        installed = {file for one in patterns for file in (REPOSITORY / folder).glob(one)}
+        for path in tracked(folder):
+            assert path.endswith(".py") or REPOSITORY / path in installed, path
+
+
+def test_no_result_names_a_folder_of_one_machine():
+    for path in tracked("results"):
+        content = (REPOSITORY / path).read_bytes()
+        assert not re.search(rb"/tmp/|/home/|/work/", content), path
+
+
+def test_every_link_to_a_file_leads_somewhere():
+    for page in [REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md")]:
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_public_names():

@@ -15,6 +15,7 @@ from adaspec_eagle.contrasts import METRICS
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.measure import left_padded
 from adaspec_eagle.report import write_report
+from adaspec_eagle.report_figures import Drawing, svg
 from adaspec_eagle.suite_tables import published, suite_tables
 from adaspec_eagle.suites import SUITES, chosen_sets, read_questions, read_sets
 from tests.test_eval_scripts import script, write_prompts
@@ -50,7 +51,7 @@ def work(tmp_path_factory):
     ]  # fmt: skip
     (data / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for one in SUITES["adaspec"].sets:
-        write_prompts(data / f"{one.name}.jsonl", ("w7 w8", "w9"))
+        write_prompts(data / f"{one.name}.test.jsonl", ("w7 w8", "w9"))
     return folder
 
 
@@ -193,6 +194,12 @@ def test_missing_sets_are_all_named_with_a_way_out(here, capsys):
     assert "--sets humaneval alpaca sum qa" in message
 
 
+def test_what_may_be_training_data_is_no_test_set(tmp_path):
+    write_prompts(tmp_path / "gsm8k.jsonl")
+    with pytest.raises(UserError, match=r"gsm8k\.test\.jsonl"):
+        read_sets(chosen_sets("adaspec", ["gsm8k"]), tmp_path, tiny_target(), 1, 4)
+
+
 def test_a_set_is_fetched_from_its_address_once(work, tmp_path, monkeypatch):
     import dataclasses
 
@@ -246,13 +253,44 @@ def test_a_table_measured_again_agrees_and_an_altered_record_does_not(here, reco
         recorded.write_text(before)
 
 
+def test_the_recorded_head_is_measured_again_not_the_newest(here, recorded):
+    before = recorded.read_text()
+    altered = json.loads(before)
+    altered["arguments"]["head"] = None
+    target = Target.load("target", dtype="float32")
+    tiny_head(target).save(Path("runs", "newer", "head"))
+    recorded.write_text(json.dumps(altered))
+    try:
+        assert script("reproduce").main(["--data-root", "data", "--out", "again"]) == 0
+        (found,) = json.loads(Path("again", "result.json").read_text())["records"]
+        assert found["head"]["folder"] == str(Path("runs", "one", "head"))
+    finally:
+        recorded.write_text(before)
+        shutil.rmtree(Path("runs", "newer"))
+
+
+def test_questions_are_found_by_text_in_eagles_own_layout(here, recorded, tmp_path):
+    """The file of EAGLE's repository: all questions, in its form, with second turns."""
+    lines = Path("data", "eagle_qa.test.jsonl").read_text().splitlines()
+    texts = ["w9", *(json.loads(line)["messages"][0]["content"] for line in lines)]
+    rows = [{"question_id": 322 + n, "turns": [text, "w8"]} for n, text in enumerate(texts)]
+    (tmp_path / "qa").mkdir()
+    file = tmp_path / "qa" / "question.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert script("reproduce").main(["--data-root", str(tmp_path)]) == 0
+
+
 def test_missing_or_other_prompts_are_named(here, recorded, tmp_path, capsys):
     reproduce = script("reproduce").main
     assert run_main(reproduce, ["--data-root", str(tmp_path)]) == 2
-    assert "eagle_qa.test.jsonl: missing" in capsys.readouterr().err
+    assert "eagle_qa.test.jsonl or qa/question.jsonl: missing" in capsys.readouterr().err
     write_prompts(tmp_path / "eagle_qa.test.jsonl", ("w1",))
     assert run_main(reproduce, ["--data-root", str(tmp_path)]) == 2
-    assert "another file than the record's" in capsys.readouterr().err
+    assert "no question has the text (sha256)" in capsys.readouterr().err
+    mine, source = script("reproduce"), {"file": "mine.jsonl", "sha256": "0"}
+    write_prompts(tmp_path / "mine.jsonl")
+    with pytest.raises(UserError, match="another file than the record's"):
+        mine.recorded_prompts(mine.Plan("one", {}, 1), source, tmp_path)
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -325,6 +363,10 @@ def test_an_unknown_result_is_listed_and_text_is_escaped(page):
     assert "+0.100 [+0.050, +0.200] *" in page
     assert 'forest-alpha_t1"' in page
     assert "<b>" not in page.split("A result of another kind", 1)[1]
+    drawing = Drawing("x", 'a "b" & <c>', "", lambda axes: None)
+    element = ElementTree.fromstring(svg(drawing, 'p"<x>'))
+    assert element.get("aria-label") == drawing.title
+    assert element.get("id") == 'p"<x>'
 
 
 def test_figures_are_exported_for_a_paper(work, page):
