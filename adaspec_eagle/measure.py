@@ -24,7 +24,6 @@ from transformers import CompileConfig, GenerationConfig, LogitsProcessor, Logit
 
 from adaspec_eagle import targets
 from adaspec_eagle.bench import Bench, Prompt, next_turn
-from adaspec_eagle.compiled import frozen_weights
 from adaspec_eagle.draft import Shape
 from adaspec_eagle.errors import explain_out_of_memory
 from adaspec_eagle.generate import generate
@@ -132,17 +131,16 @@ def compiled_baseline(
 ) -> tuple[list[list[int]], AcceptanceStats]:
     """The same, compiled transformers' own way: a static cache, decoding steps by torch.compile.
 
-    The cache has room for every prompt of the bench, so that one graph serves all; weights are
-    frozen as in our own graphs.
+    The cache has room for every prompt of the bench, so that one graph serves all. Weights are not
+    frozen as in our own graphs: freezing takes a static cache for a constant, too.
     """
-    how = CompileConfig()
+    how: Any = CompileConfig()
     how._compile_all_devices = True  # else transformers compiles on accelerators only
     room = max(len(p.ids) for unit in bench.units() for p in unit) + bench.max_new_tokens
-    with frozen_weights():
-        return _plain_generate(
-            bench.target, bench.max_new_tokens, ids, mask, do_sample=False,
-            cache_implementation="static", compile_config=how, max_cache_len=room,
-        )  # fmt: skip
+    return _plain_generate(
+        bench.target, bench.max_new_tokens, ids, mask, do_sample=False,
+        cache_implementation="static", compile_config=how, max_cache_len=room,
+    )  # fmt: skip
 
 
 def sampled_baseline(
