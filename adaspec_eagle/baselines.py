@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from adaspec_eagle.bench import Bench, known_heads
@@ -16,11 +17,12 @@ from adaspec_eagle.draft import Dynamic, Sampled, Shape, Static, parse_shape, st
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.foreign import assisted
 from adaspec_eagle.head import DraftHead, load_head
-from adaspec_eagle.measure import Arm, decode
+from adaspec_eagle.measure import Arm, compiled_baseline, decode, left_padded
 from adaspec_eagle.record import sha256, shown
 from adaspec_eagle.storage import local_folder, read_json, weights_file
 from adaspec_eagle.targets import Target
 
+COMPILED = "generate-compiled"
 LOOKUP = 10  # tokens that prompt lookup copies, as Spec-Bench asks for; the n-gram is of up to 2
 
 DEFINITIONS = {
@@ -122,6 +124,8 @@ class Baselines:
 def build_baselines(bench: Bench, asks: Sequence[Ask]) -> Baselines:
     """An arm for each baseline that has what it needs; `facts` say of the others what they lack."""
     made = Baselines()
+    if bench.compiled:
+        add_compiled_generate(bench, made)
     for ask in asks:
         facts: dict[str, Any] = {"paper": METHODS[ask.name].paper, "lacks": None}
         made.facts[ask.name] = facts
@@ -133,6 +137,22 @@ def build_baselines(bench: Bench, asks: Sequence[Ask]) -> Baselines:
             made.arms.append(arm)
             facts |= more
     return made
+
+
+def add_compiled_generate(bench: Bench, made: Baselines) -> None:
+    """`model.generate` compiled transformers' way, tried once; what it fails with, if it does."""
+    arm = Arm(COMPILED, None, partial(compiled_baseline, bench))
+    facts: dict[str, Any] = {"paper": "transformers' static cache with torch.compile"}
+    begin = perf_counter()
+    try:
+        arm.decode(*left_padded(bench.units()[0], bench.target))
+    except Exception as error:  # whatever a compiler raises: the table shows it
+        lines = str(error).splitlines() or [""]
+        facts["lacks"] = f"a graph: {type(error).__name__}: {lines[0]}"
+    else:
+        facts |= {"lacks": None, "first_decode_s": perf_counter() - begin}
+        made.arms.append(arm)
+    made.facts[COMPILED] = facts
 
 
 def _need(name: str) -> str:

@@ -81,6 +81,7 @@ class Bench:
     allow_other_target: bool = False
     temperature: float = 0.0
     seed: int = 0  # of sampling; a prompt's random numbers do not depend on the other prompts
+    compiled: bool = False  # forwards of the target and of heads (compiled.py)
 
     def units(self) -> list[list[Prompt]]:
         """Batches of prompts of one source each, in the order given."""

@@ -63,6 +63,11 @@ def head_call(head: DraftHead, compiled: bool = False) -> Call:
     return call
 
 
+def graphs_made() -> int:
+    """How many graphs torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def check_compiler(device: torch.device) -> None:
     """Raise UserError where `torch.compile` would find no C++ compiler."""
     from torch._inductor import cpp_builder, exc  # heavy, and needed here only
@@ -83,9 +88,9 @@ class Columns(Cache):
 
     def __init__(self, buffer: Tensor, columns: Tensor, width: int) -> None:
         super().__init__(layers=[])
-        _, _, b, h, c, d = buffer.shape
+        _, _, b, h, c, _ = buffer.shape
         self.buffer = buffer  # [L, 2, B, H, C, D]
-        self.flat = buffer.view(-1, d)
+        self.flat = buffer.flatten(0, -2)
         firsts = torch.arange(b * h, device=buffer.device)[:, None] * c
         self.places = (firsts + columns).flatten()  # [B H N], in `flat`, of the first layer's keys
         self.size = b * h * c
@@ -100,8 +105,7 @@ class Columns(Cache):
         would copy the buffer.
         """
         for n, states in enumerate((key_states, value_states), 2 * layer_idx):
-            rows = states.reshape(-1, states.shape[-1])
-            self.flat.index_copy_(0, self.places + n * self.size, rows)
+            self.flat.index_copy_(0, self.places + n * self.size, states.flatten(0, -2))
         both = self.flat.view(self.buffer.shape)[layer_idx, :, :, :, : self.width]
         return both[0], both[1]
 

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import CompileConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from adaspec_eagle import targets
 from adaspec_eagle.bench import Bench, Prompt, next_turn
@@ -93,6 +93,7 @@ def decode(
         temperature=bench.temperature,
         seed=bench.seed,
         row_keys=_row_keys(ids, mask),
+        compiled=bench.compiled,
         allow_other_target=bench.allow_other_target,
     )
     return made.answers, made.stats
@@ -123,6 +124,23 @@ def greedy_baseline(
 ) -> tuple[list[list[int]], AcceptanceStats]:
     """Plain `model.generate`: ids and mask `[B, T]`, left-padded. Trimmed answers and counts."""
     return _plain_generate(target, max_new_tokens, ids, mask, do_sample=False)
+
+
+def compiled_baseline(
+    bench: Bench, ids: Tensor, mask: Tensor
+) -> tuple[list[list[int]], AcceptanceStats]:
+    """The same, compiled transformers' own way: a static cache, decoding steps by torch.compile.
+
+    The cache has room for every prompt of the bench, so that one graph serves all. Weights are not
+    frozen as in our own graphs: freezing takes a static cache for a constant, too.
+    """
+    how: Any = CompileConfig()
+    how._compile_all_devices = True  # else transformers compiles on accelerators only
+    room = max(len(p.ids) for unit in bench.units() for p in unit) + bench.max_new_tokens
+    return _plain_generate(
+        bench.target, bench.max_new_tokens, ids, mask, do_sample=False,
+        cache_implementation="static", compile_config=how, max_cache_len=room,
+    )  # fmt: skip
 
 
 def sampled_baseline(
@@ -185,18 +203,23 @@ def run_arms(bench: Bench, arms: Sequence[Arm], title: str) -> list[Unit]:
     Each arm first decodes the longest unit once; those runs warm up and are not counted.
     """
     warm_up(bench, arms)
+    return run_units(bench, arms, title)
+
+
+def run_units(bench: Bench, arms: Sequence[Arm], title: str) -> list[Unit]:
+    """The same with arms that are warm."""
     console = Console(stderr=True)
     with explain_out_of_memory(LESS):
         turns = track(list(enumerate(bench.units())), title, console=console)
         return [_run_unit(bench.target, rotate(arms, turn), unit) for turn, unit in turns]
 
 
-def warm_up(bench: Bench, arms: Sequence[Arm]) -> None:
-    """Let each arm decode the longest unit once."""
+def warm_up(bench: Bench, arms: Sequence[Arm]) -> dict[str, float]:
+    """Let each arm decode the longest unit once; the wall seconds of each."""
     longest = max(bench.units(), key=lambda unit: max(len(prompt.ids) for prompt in unit))
     with explain_out_of_memory(LESS):
-        for arm in track(arms, "warming up", console=Console(stderr=True), transient=True):
-            run_arm(arm, bench.target, longest)
+        turns = track(arms, "warming up", console=Console(stderr=True), transient=True)
+        return {arm.key: run_arm(arm, bench.target, longest).wall for arm in turns}
 
 
 def rotate(arms: Sequence[Arm], turn: int) -> list[Arm]:

@@ -99,7 +99,7 @@ class Target:
         other weights.
         """
         name = str(name_or_path)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device) if device else default_device()
         wanted = parse_dtype(dtype) or default_dtype(place)
         _check_attention(kwargs.get("attn_implementation"), place)
         path, gguf_file = _locate(name, gguf_file)
@@ -281,6 +281,11 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype not in known:
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(known)}")
     return known[dtype]
+
+
+def default_device() -> torch.device:
+    """The first GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -98,6 +98,7 @@ def trace(bench: Bench, shape: str | Shape, prompt: Prompt) -> dict[str, Any]:
         mask,
         tree=shape,
         max_new_tokens=min(bench.max_new_tokens, TOKENS),
+        compiled=bench.compiled,
         watch=recorder.take_tokens,
         watch_tree=recorder.take_round,
         allow_other_target=bench.allow_other_target,

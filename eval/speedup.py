@@ -5,6 +5,7 @@
     python eval/speedup.py --target phi-2 --head runs/mine/head --chain 5
     python eval/speedup.py --baselines all medusa=runs/medusa/head eagle2=runs/eagle1/head@auto
     python eval/speedup.py --arm my_decoder.py:forward
+    python eval/speedup.py --tree --compile                all arms compiled, transformers' too
 
 Four arms decode the same prompts in one process, alternating prompt by prompt: `generate`
 (transformers), `loop` (this package without a draft), `chain` and `tree`. Other methods join them
@@ -15,6 +16,7 @@ the last line of stdout is the result as JSON, without per-prompt data.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -22,11 +24,13 @@ from rich.console import Console
 from adaspec_eagle import baselines, foreign, plots
 from adaspec_eagle.baselines import METHODS, build_baselines, parse_asks
 from adaspec_eagle.bench import add_arguments, add_draft_arguments, draft_shapes, open_bench
+from adaspec_eagle.compiled import check_compiler, graphs_made
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.figures import speedup_result, without_prompts
-from adaspec_eagle.measure import build_arms, run_arms
+from adaspec_eagle.measure import build_arms, run_units, warm_up
 from adaspec_eagle.record import one_line, write_json
 from adaspec_eagle.rescore import agreement
+from adaspec_eagle.targets import default_device
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 SIDE_BY_SIDE = 6  # arms that a table has room for as columns
@@ -55,6 +59,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE.py:NAME",
         help="a decoder with Spec-Bench's signature as a further arm; can be repeated",
     )
+    made.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the forwards of all arms but `generate`, and add generate-compiled: "
+        "model.generate with a static cache and torch.compile. On CPU it takes a C++ compiler and "
+        "some minutes before the timed runs; another number of rows is another graph",
+    )
     add_arguments(made, PROMPTS)
     return made
 
@@ -63,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, record."""
     args = parser().parse_args(argv)
     asks = parse_asks(args.baselines)
-    bench = open_bench(args)
+    if args.compile:
+        check_compiler(default_device())
+    bench = replace(open_bench(args), compiled=args.compile)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(f"head: {bench.choice.folder} ({bench.choice.why})", markup=False, soft_wrap=True)
     others = build_baselines(bench, asks)
@@ -72,8 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arms = build_arms(bench, draft_shapes(args.tree, args.chain)) + others.arms
     arms += [foreign.decoder_arm(bench, text) for text in args.arm]
     check_keys([arm.key for arm in arms])
-    units = run_arms(bench, arms, "measuring")
+    first = warm_up(bench, arms)
+    graphs = graphs_made()
+    units = run_units(bench, arms, "measuring")
+    made = {"seconds": first, "graphs": graphs, "graphs_while_timed": graphs_made() - graphs}
     result = speedup_result(bench, args, arms, units) | {"baselines": others.facts}
+    result["compiled"] = made if args.compile else None
     result["definitions"] = result["definitions"] | baselines.DEFINITIONS | foreign.DEFINITIONS
     for key, arm in result["arms"].items():
         arm |= agreement(bench.target, units, key)

@@ -34,6 +34,27 @@ def test_compiled_decoding_gives_the_tokens_of_the_eager_path(rows, counted):
     assert rows > 1 or counted["unique_graphs"] <= 6
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["eagle3", "medusa", "lm:layers=2"])
+def test_compiled_heads_draft_what_eager_ones_draft(name, counted):
+    """Every node of every round; Medusa has other weights at each step."""
+    target = tiny_target()
+    head = tiny_head(target, name)
+    head.start_from(target)
+    for block in getattr(head, "blocks", ()):
+        torch.nn.init.normal_(block.weight)
+    ids, mask = batch(3)
+    for tree in ("chain:3", "dynamic"):
+        drafts = {False: [], True: []}
+        for compiled, seen in drafts.items():
+            generate(
+                target, head, ids, mask, tree, 24, compiled=compiled,
+                watch_tree=lambda made, _, seen=seen: seen.append(made.tokens.tolist()),
+            )  # fmt: skip
+        assert drafts[True] == drafts[False]
+    assert counted["unique_graphs"] <= 12
+
+
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
     def none():
         raise InvalidCxxCompiler

@@ -7,16 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_head, tiny_target, tiny_target_folder
+from torch._inductor.exc import InvalidCxxCompiler
 
 from adaspec_eagle import Target
 from adaspec_eagle.bench import Prompt, draft_shapes, find_head
 from adaspec_eagle.errors import UserError, run_main
-from adaspec_eagle.figures import BASELINES, RATIOS, total
+from adaspec_eagle.figures import total
 from adaspec_eagle.measure import PARTS, Outcome, Unit, greedy_baseline, left_padded
 from adaspec_eagle.rescore import agreement, token_gaps
 from adaspec_eagle.stats import AcceptanceStats
 
 EVAL = Path(__file__).parents[1] / "eval"
+RATIOS = ["tokens_per_s", "decode_tokens_per_s", "tau"]
+BASELINES = ("generate", "loop")
+RATIOS += [f"{kind}speedup_vs_{base}" for kind in ("", "decode_") for base in BASELINES]
 WORDS = ("w1 w2 w3", "w4 w5", "w6 w7 w8 w9")
 
 
@@ -180,6 +184,61 @@ def test_last_line_is_the_result_without_per_prompt_data(here, capsys):
     assert list(result["arms"]) == ["generate", "loop", "chain"]
     assert result["arms"]["chain"]["total"] == 2
     assert "per_prompt" not in result
+
+
+# ---- speedup.py --compile ------------------------------------------------------------------------
+
+
+def compiled_run(monkeypatch, capsys, generate_compiled):
+    """`speedup.py --compile` with steps as they are for compiled ones: its result, how many."""
+    steps = []
+    monkeypatch.setattr("adaspec_eagle.compiled._wrapped", lambda *a: steps.append(a) or a[0])
+    monkeypatch.setattr("adaspec_eagle.baselines.compiled_baseline", generate_compiled)
+    module = script("speedup")
+    monkeypatch.setattr(module, "check_compiler", lambda device: None)
+    assert module.main(arguments("--tree", "--compile", "--prompts", "a.jsonl")) == 0
+    out = capsys.readouterr().out
+    return json.loads(out.splitlines()[-1]), steps, out
+
+
+def test_compile_is_for_every_arm_and_the_headline_is_over_the_fastest(here, monkeypatch, capsys):
+    def made(bench, ids, mask):
+        return greedy_baseline(bench.target, bench.max_new_tokens, ids, mask)
+
+    result, steps, _ = compiled_run(monkeypatch, capsys, made)
+    arms = result["arms"]
+    assert list(arms) == ["generate", "loop", "chain", "tree", "generate-compiled"]
+    assert len(steps) == 3  # the head, the target with the head's features and without
+    assert all(arm["matched"] == arm["total"] == 3 for arm in arms.values())
+    bases = ("generate", "loop", "generate-compiled")
+    fastest = max(bases, key=lambda key: arms[key]["tokens_per_s"])
+    assert result["headline"]["over"] == fastest
+    ratio = arms["tree"]["tokens_per_s"] / arms["generate-compiled"]["tokens_per_s"]
+    assert arms["tree"]["speedup_vs_generate-compiled"] == pytest.approx(ratio)
+    assert list(result["compiled"]["seconds"]) == list(arms)
+    assert result["compiled"]["graphs_while_timed"] == 0
+
+
+def test_a_generate_that_does_not_compile_stays_in_the_table_with_its_error(
+    here, monkeypatch, capsys
+):
+    def failing(*_):
+        raise RuntimeError("no vectors\nand much more")
+
+    result, _, out = compiled_run(monkeypatch, capsys, failing)
+    assert list(result["arms"]) == ["generate", "loop", "chain", "tree"]
+    lacks = result["baselines"]["generate-compiled"]["lacks"]
+    assert lacks == "a graph: RuntimeError: no vectors"
+    assert "lacks a graph" in out
+
+
+def test_compile_without_a_compiler_is_refused_before_anything_is_loaded(monkeypatch):
+    def none():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
+    with pytest.raises(UserError, match="install g\\+\\+"):
+        script("speedup").main(["--compile", "--target", "no-such-folder/at-all/here"])
 
 
 # ---- lossless.py, acceptance.py, tables.py -------------------------------------------------------
