@@ -127,8 +127,10 @@ def measure_set(
     setup = fixed_facts(here, arms, args)
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["setup"] != setup:
-            raise UserError(f"{path} was measured with another setup; name another --out")
+        other = [name for name in setup if kept["setup"].get(name) != setup[name]]
+        if other:
+            changed = ", ".join(other)
+            raise UserError(f"{path} was measured with another {changed}; name another --out")
         return [kept_unit(unit, row) for unit, row in zip(here.units(), kept["units"], strict=True)]
     units = run_arms(here, arms, title)
     write_json(path, {"setup": setup, "units": [unit_row(unit) for unit in units]})

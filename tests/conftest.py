@@ -13,14 +13,24 @@ from adaspec_eagle.errors import UserError  # noqa: E402
 from adaspec_eagle.targets import DEFAULT_TARGET, Target  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def _few_threads(request: pytest.FixtureRequest):
-    """One thread for tiny models, where more only wait for one another; all for the real target."""
-    before = torch.get_num_threads()
-    if "real_target" not in request.fixturenames:
-        torch.set_num_threads(1)
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    """One thread for tiny models, where more only wait for one another; fixtures included."""
+    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _all_threads(request: pytest.FixtureRequest, _few_threads: None):
+    """All threads for tests with the real target."""
+    if "real_target" in request.fixturenames:
+        torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -249,7 +249,7 @@ def test_unknown_targets_and_heads_are_named(folder, tmp_path):
         Target.load("no-such-model")
     with pytest.raises(UserError, match="no weights"):
         Target.load(tmp_path)
-    with pytest.raises(UserError, match="eagle1, eagle3, medusa"):
+    with pytest.raises(UserError, match="eagle1, eagle3, lm, medusa"):
         run_training(options(folder, head="eagle9"), tmp_path / "out")
 
 
