@@ -12,7 +12,6 @@ import torch  # noqa: E402
 from adaspec_eagle.errors import UserError  # noqa: E402
 from adaspec_eagle.targets import DEFAULT_TARGET, Target  # noqa: E402
 
-
 THREADS = torch.get_num_threads()
 
 
