@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from adaspec_eagle.answers import answer_self
 from adaspec_eagle.asks import Settings
@@ -84,6 +85,7 @@ class TrainConfig:
     dtype: str | None = None
     device: str | None = None
     attn: str | None = None  # the target's attention; None: what transformers takes
+    report_to: list[str] = field(default_factory=list)  # trackers; none: tensorboard
 
     def __post_init__(self) -> None:
         parse_keep(self.keep)
@@ -117,6 +119,11 @@ class TrainConfig:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {getattr(self, name)}: must be at least 1")
         self._check_on_policy()
+        for name in self.report_to:
+            if name not in (there := get_available_reporting_integrations()):
+                raise UserError(
+                    f"--report-to {name}: not known or not installed; here are {', '.join(there)}"
+                )
         positive = (self.epochs, self.lr, self.reference_epochs)
         if any(value is not None and value <= 0 for value in positive):
             raise UserError("--epochs, --reference-epochs and --lr must be above 0")
@@ -540,7 +547,7 @@ def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
         metric_for_best_model="tau_sim",
         greater_is_better=True,
         logging_steps=min(20, every),
-        report_to=["tensorboard"],
+        report_to=config.report_to or ["tensorboard"],
         remove_unused_columns=False,
         label_names=[],
         ddp_find_unused_parameters=False,

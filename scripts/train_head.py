@@ -47,6 +47,7 @@ HELP = {
     "gradient_checkpointing": "compute a step's activations again for its gradient: less memory",
     "max_length": "tokens of a record, prompt included; longer answers are cut",
     "held_back": "records kept for evaluation, at most a tenth",
+    "report_to": "trackers of the Trainer: tensorboard (the default), wandb, mlflow, ...",
     "evaluations": "evaluations and checkpoints of a stage",
     "take": "the weights that a stage ends with: best (by tau_sim on held-back records) or last",
     "on_policy": "share of the answers that the head rewrites, anew each epoch from the second on",

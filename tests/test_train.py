@@ -237,6 +237,7 @@ def test_defaults_of_the_script_are_those_of_the_config():
         ({"lr": 0.0}, "above 0"),
         ({"reference_epochs": 0}, "above 0"),
         ({"batch_size": 0}, "--batch-size 0"),
+        ({"report_to": ["tensorbord"]}, "--report-to tensorbord"),
     ],
 )
 def test_bad_options_are_named(changes, words):
