@@ -366,7 +366,9 @@ def _check_same(folder: Path, config: TrainConfig) -> None:
     """Raise UserError if the run that was begun in `folder` is of another arm than it is now."""
     begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
     for name, value in asdict(config).items():
-        if value is not None and name != "features" and begun[name] != value:
+        if name not in begun or name == "features":
+            continue  # a setting that came later; where features are kept changes nothing
+        if value is not None and begun[name] != value:
             raise UserError(
                 f"{folder} was begun with {name} {begun[name]!r}, the arm now has {value!r}: put "
                 "the arm back, or delete that folder"

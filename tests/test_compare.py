@@ -271,7 +271,9 @@ def test_an_arm_that_changed_under_way_and_cells_of_other_settings_are_refused(t
     given = {"target": settings.target, "data": ["runs/data/words.jsonl"], "epochs": 1.0}
     config = config_of(plan.arms["distillspec"], given | {"take": "last"})
     folder = tmp_path / "1" / "words" / "distillspec-seed0"
-    write_json(folder / "run.json", {"config": asdict(replace(config, lr=0.5))})
+    begun = asdict(replace(config, lr=0.5))
+    del begun["report_to"]  # as a run that was begun before there was such a setting
+    write_json(folder / "run.json", {"config": begun})
     with pytest.raises(UserError, match="begun with lr 0.5"):
         run_cell(plan, cell, settings, None, tmp_path)
     made = {"task": "words", "arm": "equal", "prompts": {"ids": ["a"]}, "per_prompt": []}
