@@ -46,6 +46,11 @@ from adaspec_eagle.targets import ATTENTIONS, DEFAULT_TARGET, Target, describe
 from adaspec_eagle.zero import SplitTarget, gathered, zero_stage
 
 METHODS = {"adaspec": "adaspec", "distillspec": "none"}  # preset -> selection
+SCHEDULES = {  # of the learning rate, behind its warm-up -> as the Trainer calls it
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+}
 
 
 @dataclass
@@ -72,6 +77,7 @@ class TrainConfig:
     reference_epochs: float | None = None  # None: as many as epochs
     optimizer: str | None = None  # None: muon, under ZeRO adamw
     lr: float | None = None  # None: what suits the optimiser
+    schedule: str = "cosine"  # of the learning rate, a key of SCHEDULES
     batch_size: int = 8
     accumulate: int = 1
     gradient_checkpointing: bool = False
@@ -94,6 +100,7 @@ class TrainConfig:
         choices = (
             ("method", self.method, METHODS),
             ("optimizer", self.optimizer, (None, *OPTIMIZERS)),
+            ("schedule", self.schedule, SCHEDULES),
             ("start", self.start, ("target", "random")),
             ("take", self.take, ("best", "last")),
             ("attn", self.attn, (None, *ATTENTIONS)),
@@ -532,7 +539,7 @@ def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.lr or OPTIMIZERS["adamw"],
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=SCHEDULES[config.schedule],
         warmup_steps=max(1, steps // 50),
         max_grad_norm=1.0,
         bf16=job.target.dtype == torch.bfloat16,

@@ -17,7 +17,7 @@ from adaspec_eagle.errors import run_main
 from adaspec_eagle.losses import LOSSES
 from adaspec_eagle.selection import SELECTIONS
 from adaspec_eagle.targets import ALIASES
-from adaspec_eagle.train import METHODS, TrainConfig, run_training
+from adaspec_eagle.train import METHODS, SCHEDULES, TrainConfig, run_training
 
 HELP = {
     "target": f"one of {', '.join(ALIASES)}; a hub id; a folder",
@@ -41,7 +41,8 @@ HELP = {
     "reference_epochs": "passes for the reference head (as many as --epochs)",
     "start": "target: a fresh head takes the target's last layer where it fits; or random",
     "optimizer": "muon (AdamW for what is no matrix; the default), or adamw (under ZeRO)",
-    "lr": "peak learning rate, cosine (muon 3e-3, adamw 1e-3)",
+    "lr": "peak learning rate (muon 3e-3, adamw 1e-3)",
+    "schedule": f"of the learning rate behind its warm-up: {', '.join(SCHEDULES)}",
     "batch_size": "records of a micro-batch",
     "accumulate": "micro-batches of a step",
     "gradient_checkpointing": "compute a step's activations again for its gradient: less memory",

@@ -152,6 +152,20 @@ def test_variants_train(folder, tmp_path, changes):
     assert ("lm_head.weight" in head.state_dict()) == changes.get("train_output", False)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "halfway"),
+    [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)],
+)
+def test_schedules_of_the_learning_rate(folder, tmp_path, schedule, halfway):
+    chosen = options(folder, method="distillspec", lr=0.01, batch_size=1, schedule=schedule)
+    run_training(chosen, tmp_path / "out")
+    state = tmp_path / "out/checkpoints/head/checkpoint-36/trainer_state.json"
+    log = json.loads(state.read_text())["log_history"]
+    half, end = [line["learning_rate"] for line in log if "loss" in line]
+    assert half == pytest.approx(0.01 * halfway, rel=0.15)
+    assert end == pytest.approx(0.01 if schedule == "constant" else 0.0, abs=4e-4)
+
+
 def test_a_given_reference_is_used_and_an_initial_head_goes_on(folder, run, tmp_path):
     config = options(folder, reference=str(run / "reference"), init=str(run / "head"))
     made = run_training(config, tmp_path / "out")
@@ -237,6 +251,7 @@ def test_defaults_of_the_script_are_those_of_the_config():
         ({"lr": 0.0}, "above 0"),
         ({"reference_epochs": 0}, "above 0"),
         ({"batch_size": 0}, "--batch-size 0"),
+        ({"schedule": "wsd"}, "cosine, linear, constant"),
         ({"report_to": ["tensorbord"]}, "--report-to tensorbord"),
     ],
 )
