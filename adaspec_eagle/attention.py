@@ -20,7 +20,7 @@ FEW_QUERIES = 64  # above this many query tokens the stock kernel is as fast, an
 
 @dataclass(frozen=True)
 class Unrolled:
-    """The mask of an unrolled training step, without its mostly empty matrix.
+    """The mask of a training step, without its mostly empty matrix.
 
     The key columns are those of step 0, `first` of them, then `n` a further step up to this one.
     Query i (counted from `begin`) sees step 0 up to and including position begin + i, and of every

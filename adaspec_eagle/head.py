@@ -16,7 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
 from adaspec_eagle.attention import GROUPED, Unrolled, register
 from adaspec_eagle.card import model_card, publishable, target_licence
@@ -183,21 +187,34 @@ class DraftHead(nn.Module):
     ) -> Tensor:
         """Hidden `[B, N, H]` and the tokens that follow `[B, N]` -> next hidden `[B, N, H]`.
 
-        mask: additive `[B, 1, N, T]`; None for causal; `Unrolled` for an unrolled training step.
+        mask: additive `[B, 1, N, T]`; None for causal; `Unrolled` for a training step.
         step: 0 where hidden comes from the target's features, s for the head's own hidden states s
         tokens further on. The same call serves training and decoding.
         """
         raise NotImplementedError
 
-    def prefill(self, features: Tensor, tokens: Tensor, cache: Cache | None) -> Tensor:
-        """Step 0 over a text from its beginning: the hidden state of each pair, `[B, T, H]`.
+    def prefill(
+        self, features: Tensor, tokens: Tensor, cache: Cache | None, begin: int = 0
+    ) -> Tensor:
+        """Step 0 over a text from its start: hidden states of the pairs from `begin` on.
 
         features `[B, T, F * H]`; tokens `[B, T + 1]`, of which the first, which no pair has, is for
-        heads that read the text itself (they count it in `leading`).
+        heads that read the text itself (they count it in `leading`). Returns `[B, T - begin, H]`.
         """
-        following = tokens[:, 1:]
+        hidden, following = self.fuse(features), tokens[:, 1:]
         positions = torch.arange(following.shape[1], device=tokens.device).expand_as(following)
-        return self(self.fuse(features), following, positions, None, cache, 0)
+        mask = None
+        if begin:
+            self.remember(hidden[:, :begin], following[:, :begin], positions[:, :begin], cache)
+            mask = Unrolled(following.shape[1], begin)
+        return self(hidden[:, begin:], following[:, begin:], positions[:, begin:], mask, cache, 0)
+
+    def remember(self, hidden: Tensor, tokens: Tensor, positions: Tensor, cache: Cache) -> None:
+        """What `forward` leaves in the cache at the start of a text, its output not wanted.
+
+        Arguments as for `forward`. A head that can fill the cache with less work says how.
+        """
+        self(hidden, tokens, positions, None, cache, 0)
 
     @property
     def deepest(self) -> int | None:
@@ -371,6 +388,18 @@ def pass_through(fc: nn.Linear) -> None:
     """Let a fusing layer begin close to the identity on the last of its inputs."""
     fc.weight.mul_(0.1)
     fc.weight[:, -fc.out_features :] += torch.eye(fc.out_features, device=fc.weight.device)
+
+
+def remember_text(
+    attention: LlamaAttention, inputs: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache
+) -> None:
+    """Put what an attention layer would keep of `inputs` `[B, N, W]` in the cache, and no more."""
+    shape = (*inputs.shape[:-1], -1, attention.head_dim)
+    key, value = (
+        layer(inputs).view(shape).transpose(1, 2) for layer in (attention.k_proj, attention.v_proj)
+    )
+    key, _ = apply_rotary_pos_emb(key, key, *rotary)
+    cache.update(key, value, attention.layer_idx)
 
 
 def count_columns(cache: Cache | None, hidden: Tensor) -> None:

@@ -55,9 +55,9 @@ def unroll(
     Step s pairs index i with token i + 1 + s, takes the hidden state of step s - 1 at i (the fused
     features at s = 0), and attends causally to step 0 and to its own earlier steps at i: what the
     decoder sees when it drafts token i + 2 + s. Training-time test, EAGLE-3 (arXiv 2503.01840,
-    section 3.2); HASS (arXiv 2408.15766). Later steps run from index `begin` on only. recompute:
-    keep of a step for the backward pass only what it begins with (gradient checkpointing). Returns
-    S hidden states: `[B, T, H]` for step 0, `[B, T - begin, H]` for the others.
+    section 3.2); HASS (arXiv 2408.15766). Before index `begin` step 0 is there to be looked at
+    only, and no other step runs. recompute: keep of a step for the backward pass only what it
+    begins with (gradient checkpointing). Returns S hidden states `[B, T - begin, H]`.
     """
     length = input_ids.shape[1]
     positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
@@ -67,7 +67,7 @@ def unroll(
         cache = TrainingCache(seen)
         if step == 0:
             after = torch.cat([input_ids, input_ids[:, :1]], 1)
-            return head.prefill(given, after, cache), *cache.tensors()
+            return head.prefill(given, after, cache, begin), *cache.tensors()
         tokens, where = _shifted(input_ids, 1 + step)[:, begin:], positions[:, begin:] + step
         hidden = head(given, tokens, where, Unrolled(length, begin), cache, step)
         return hidden, *cache.tensors()
@@ -81,7 +81,6 @@ def unroll(
         else:
             hidden, *seen = run(step, hidden, *seen)
         states.append(hidden)
-        hidden = hidden if step else hidden[:, begin:]
     return states
 
 
@@ -121,11 +120,11 @@ def step_states(states: list[Tensor], batch: Batch, begin: int) -> list[Tensor]:
     """
     picked = []
     for step, hidden in enumerate(states):
-        index = batch.positions - 1 - step - (begin if step else 0)
+        index = batch.positions - 1 - step - begin
         picked.append(hidden[batch.rows, index.clamp(min=0)])
     return picked
 
 
 def first_index(positions: Tensor, steps: int) -> int:
-    """The smallest index that a later step needs, over the whole batch."""
+    """The smallest index that a step needs, over the whole batch."""
     return max(0, int(positions.min()) - steps)

@@ -18,6 +18,7 @@ from adaspec_eagle.head import (
     Unrolled,
     copy_layer,
     pass_through,
+    remember_text,
 )
 
 
@@ -60,10 +61,17 @@ class Head(DraftHead):
         step: int,
     ) -> Tensor:
         """fc([embedding, hidden]) through one Llama layer: the predicted next feature."""
-        embedding = self.embed(tokens).to(hidden.dtype)
         return self.layers[0](
-            self.fc(torch.cat([embedding, hidden], dim=-1)),
+            self._join(hidden, tokens),
             position_embeddings=self.rotary(hidden, positions),
             attention_mask=mask,
             past_key_values=cache,
         )
+
+    def remember(self, hidden: Tensor, tokens: Tensor, positions: Tensor, cache: Cache) -> None:
+        """Keys and values alone."""
+        joined, rotary = self._join(hidden, tokens), self.rotary(hidden, positions)
+        remember_text(self.layers[0].self_attn, joined, rotary, cache)
+
+    def _join(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        return self.fc(torch.cat([self.embed(tokens).to(hidden.dtype), hidden], dim=-1))

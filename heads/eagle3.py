@@ -17,6 +17,7 @@ from adaspec_eagle.head import (
     Unrolled,
     copy_layer,
     pass_through,
+    remember_text,
 )
 
 
@@ -36,11 +37,15 @@ class WideLayer(nn.Module):
         self.hidden_norm = LlamaRMSNorm(size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(size, config.rms_norm_eps)
 
-    def forward(self, embedding: Tensor, hidden: Tensor, **attention) -> Tensor:
-        """embedding, hidden `[B, N, H]` -> `[B, N, H]`."""
+    def widen(self, embedding: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """embedding, hidden `[B, N, H]` -> what attention reads `[B, N, 2 H]`, the residual."""
         normed = self.hidden_norm(hidden)
         wide = torch.cat([self.input_layernorm(embedding), normed], dim=-1)
-        residual = normed if self.norm_before_residual else hidden
+        return wide, normed if self.norm_before_residual else hidden
+
+    def forward(self, embedding: Tensor, hidden: Tensor, **attention) -> Tensor:
+        """embedding, hidden `[B, N, H]` -> `[B, N, H]`."""
+        wide, residual = self.widen(embedding, hidden)
         hidden = residual + self.self_attn(wide, **attention)[0]
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -91,6 +96,11 @@ class Head(DraftHead):
             attention_mask=mask,
             past_key_values=cache,
         )
+
+    def remember(self, hidden: Tensor, tokens: Tensor, positions: Tensor, cache: Cache) -> None:
+        """Keys and values alone: two of the layer's seven products."""
+        wide, _ = self.midlayer.widen(self.embed(tokens).to(hidden.dtype), hidden)
+        remember_text(self.midlayer.self_attn, wide, self.rotary(hidden, positions), cache)
 
     def readout(self, hidden: Tensor) -> Tensor:
         """The final norm."""

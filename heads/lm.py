@@ -95,10 +95,12 @@ class Head(DraftHead):
         """Zeros: an LM reads the text alone."""
         return features.new_zeros(*features.shape[:2], self.lm.config.hidden_size)
 
-    def prefill(self, features: Tensor, tokens: Tensor, cache: Cache | None) -> Tensor:
+    def prefill(
+        self, features: Tensor, tokens: Tensor, cache: Cache | None, begin: int = 0
+    ) -> Tensor:
         """The whole text, its first token included."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self(features, tokens, positions, None, cache, 0)[:, 1:]
+        return self(features, tokens, positions, None, cache, 0)[:, 1 + begin :]
 
     def forward(
         self,

@@ -6,7 +6,7 @@ import torch
 from adaspec_eagle.draft import Drafter, chain
 from adaspec_eagle.features import split_rows, target_rows
 from adaspec_eagle.head import built_in_heads
-from adaspec_eagle.unroll import unroll
+from adaspec_eagle.unroll import TrainingCache, unroll
 from tests.tiny import ARCHITECTURES, tiny_head, tiny_target
 
 
@@ -33,7 +33,7 @@ def test_unrolled_training_equals_incremental_decoding(arch, name):
                     torch.ones(2, dtype=torch.long),
                     index + 1,
                 )
-            torch.testing.assert_close(drafter.hidden, states[0][:, end - 1])
+            torch.testing.assert_close(drafter.hidden, states[0][:, end - 1 - begin])
             hidden = drafter.hidden
             for step in range(1, steps):  # the tokens that followed, as if drafted
                 tokens = ids[:, end + step][:, None]
@@ -41,3 +41,36 @@ def test_unrolled_training_equals_incremental_decoding(arch, name):
                 ahead = torch.full((2, 1), step - 1)
                 hidden, _ = drafter._forward(hidden.view(2, 1, -1), tokens, ahead, seen, step)
                 torch.testing.assert_close(hidden[:, 0], states[step][:, end - 1 - begin])
+
+
+@pytest.mark.parametrize("name", built_in_heads())
+def test_what_comes_before_the_answers_is_only_looked_at(name):
+    """From `begin` on hidden states and gradients are those of the whole text's."""
+    target = tiny_target("llama")
+    head = tiny_head(target, name)
+    ids = torch.randint(8, target.vocab_size, (2, 12))
+    layers = head.config.feature_layers
+    features, _ = split_rows(target_rows(target, ids, layers), target, layers)
+    begin, found = 5, []
+    for first in (0, begin):
+        states = unroll(head, features, ids, 3, first)
+        states = [hidden[:, begin - first : 8 - first] for hidden in states]  # rest wraps around
+        loss = torch.stack([head.readout(hidden).square().sum() for hidden in states]).sum()
+        weights = list(head.parameters())
+        found.append((states, torch.autograd.grad(loss, weights, materialize_grads=True)))
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("name", built_in_heads())
+def test_a_text_is_remembered_as_forward_would_leave_it(name):
+    target = tiny_target("llama")
+    head = tiny_head(target, name)
+    ids = torch.randint(8, target.vocab_size, (2, 6))
+    hidden = head.fuse(
+        torch.randn(2, 6, len(head.config.feature_layers) * target.hidden_size).double()
+    )
+    positions = torch.arange(6).expand_as(ids)
+    caches = TrainingCache(), TrainingCache()
+    head(hidden, ids, positions, None, caches[0], 0)
+    head.remember(hidden, ids, positions, caches[1])
+    torch.testing.assert_close(caches[0].tensors(), caches[1].tensors())
