@@ -12,6 +12,7 @@ import torch
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from adaspec_eagle.allocator import keep_freed_memory
 from adaspec_eagle.answers import answer_self
 from adaspec_eagle.asks import Settings
 from adaspec_eagle.callbacks import Interrupted, ProgressLine, StopGently, newest_checkpoint, say
@@ -191,6 +192,7 @@ def run_training(
     bad input, Interrupted when Ctrl-C stopped it after a checkpoint.
     """
     _optimizer(config)
+    keep_freed_memory()
     device = join_processes(config.device)
     with main_first():
         config = _settle(config, out, resume)

@@ -33,6 +33,7 @@ from typing import TextIO
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from adaspec_eagle.allocator import keep_freed_memory
 from adaspec_eagle.bench import positive
 from adaspec_eagle.data import Record
 from adaspec_eagle.distill import AnswerSet, Distiller, Objective
@@ -103,6 +104,7 @@ def work(args: argparse.Namespace) -> None:
     """One of our arms, until stdin ends. What libraries print does not reach its answers."""
     answers_out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    keep_freed_memory()
     target = Target.load(args.target, dtype=args.dtype)
     layers = head_class(args.head).feature_layers(target.num_layers)
     count, width = 4 * args.rows, row_width(target, layers)
