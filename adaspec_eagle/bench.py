@@ -14,6 +14,7 @@ from adaspec_eagle.data import prompt_messages, read_prompts
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead, load_head
 from adaspec_eagle.hub import task_prompts
+from adaspec_eagle.packed import packing
 from adaspec_eagle.record import environment, sha256, shown
 from adaspec_eagle.storage import local_folder, weights_file
 from adaspec_eagle.targets import DEFAULT_TARGET, Target
@@ -268,6 +269,7 @@ def describe_bench(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
             "fingerprint": target.fingerprint,
             "dtype": dtype,
             "device": str(target.device),
+            "packed": bool(packing(target.model).places),  # its linear layers (packed.py)
         },
         "head": {
             "folder": shown(folder),

@@ -277,7 +277,7 @@ def _known(
     calls: dict[tuple, tuple[list, Call]], module: nn.Module, key: tuple, make: Callable[[], Call]
 ) -> Call:
     """The call of that key, made on first use and again when the module's weights have changed."""
-    state = weights_state(module)
+    state = weights_state((*module.parameters(), *module.buffers()))
     if key not in calls or calls[key][0] != state:
         calls[key] = (state, make())
     return calls[key][1]

@@ -5,7 +5,7 @@ A forward over a few tokens takes as long as its weights take to read. Packed, t
 products are sums of the same bfloat16 products in float32, perhaps in another order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -35,7 +35,7 @@ class Packing:
 
     def __init__(self, model: nn.Module) -> None:
         twins: dict[nn.Module, PackedLinear] = {}
-        self.state = weights_state(model)
+        self.state = weights_state(_linear_weights(model))
         self.places = []  # (the parent's children, name, the layer, its twin)
         for parent in model.modules() if _fits(model) else ():
             for name, child in parent._modules.items():
@@ -62,15 +62,18 @@ _PACKINGS: WeakKeyDictionary[nn.Module, Packing] = WeakKeyDictionary()
 def packing(model: nn.Module) -> Packing:
     """The model's packing, made on first use and again whenever its weights have changed."""
     found = _PACKINGS.get(model)
-    if found is None or found.state != weights_state(model):
+    if found is None or found.state != weights_state(_linear_weights(model)):
         found = _PACKINGS[model] = Packing(model)
     return found
 
 
-def weights_state(model: nn.Module) -> list[tuple]:
-    """Changes whenever a linear layer is replaced, moved or written to."""
-    weights = [m.weight for m in model.modules() if type(m) is nn.Linear]
+def weights_state(weights: Iterable[Tensor]) -> list[tuple]:
+    """Changes whenever one of them is replaced, moved or written to."""
     return [(w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights]
+
+
+def _linear_weights(model: nn.Module) -> list[Tensor]:
+    return [m.weight for m in model.modules() if type(m) is nn.Linear]
 
 
 def _can_pack(weight: Tensor) -> bool:

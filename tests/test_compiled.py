@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from torch._inductor.exc import InvalidCxxCompiler
 
+from adaspec_eagle import compiled as forwards
 from adaspec_eagle import generate
 from adaspec_eagle.attention import tree_mask
 from adaspec_eagle.compiled import static_target, target_call, target_step, widened
@@ -63,6 +65,23 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
     target = tiny_target()
     with pytest.raises(UserError, match=r"C\+\+ compiler.*g\+\+"):
         generate(target, tiny_head(target), torch.tensor([[9, 10]]), compiled=True)
+
+
+@pytest.mark.parametrize("kind", ["weight", "norm", "buffer"])
+def test_a_call_is_made_again_when_anything_it_holds_has_changed(kind):
+    """Compiled graphs hold weights, norms and buffers as constants."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    model.register_buffer("scale", torch.ones(4))
+    made, calls = [], {}
+    for _ in range(2):
+        forwards._known(calls, model, (), lambda: made.append(0))
+    assert len(made) == 1
+    changed = {"weight": model[0].weight, "norm": model[1].weight, "buffer": model.scale}[kind]
+    with torch.no_grad():
+        changed.mul_(2)
+    for _ in range(2):
+        forwards._known(calls, model, (), lambda: made.append(0))
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("nodes", [1, 5])

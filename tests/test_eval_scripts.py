@@ -163,6 +163,7 @@ def test_headline_is_over_the_faster_baseline(measured):
 
 def test_a_result_carries_what_a_citation_needs(measured, work):
     assert measured["target"]["fingerprint"] == measured["head"]["config"]["target_fingerprint"]
+    assert measured["target"]["packed"] is False  # float64 has no packed layout
     assert measured["head"]["folder"] == "runs/one/head"
     assert measured["environment"]["packages"]["torch"] == torch.__version__
     assert {"tau", "alpha_by_depth", "ci95"} <= set(measured["definitions"])
