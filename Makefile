@@ -17,6 +17,9 @@ PIP    = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c
 # Tests never ask the hub for anything: what they need comes from the package index or the cache.
 PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs
 
+# Tests of tiny models use one thread each: a process a core, which keeps a file's tests together.
+SPREAD = -n logical --maxprocesses 8 --dist loadfile
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo paper-table test test-all lint clean check-python
@@ -64,7 +67,7 @@ paper-table: $(STAMP)
 	$(BIN)/python eval/reproduce.py --data-root "$(DATA_ROOT)" --out runs/paper-table
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not long and not gpu"
+	$(PYTEST) $(SPREAD) -m "not slow and not long and not gpu"
 	$(PYTEST) -m slow
 	@echo "Not run here: the tests marked long or gpu (make test-all)."
 

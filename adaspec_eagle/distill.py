@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from adaspec_eagle.attention import exact_dtype
@@ -266,7 +267,7 @@ def forced_counts(
 
 def _figures(head: DraftHead, objective: Objective, batch: Batch, tokens: TargetTokens) -> Tensor:
     """(loss, overlap, match) of every step and supervised position: `[3, S, M]`."""
-    begin = first_index(batch.positions, objective.unroll)
+    begin = _first_index(batch, objective)
     states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin)
     assert tokens.argmax is not None
     assert tokens.lse is not None
@@ -281,6 +282,11 @@ def _figures(head: DraftHead, objective: Objective, batch: Batch, tokens: Target
             match = head.to_target(logits.argmax(-1)) == tokens.argmax[place]
             found[:, step, place] = torch.stack([loss, shared, match.to(loss.dtype)])
     return found
+
+
+def _first_index(batch: Batch, objective: Objective) -> int:
+    """Where the unrolled steps begin; under ZeRO 3 every process has to make the same calls."""
+    return 0 if zero_stage() == 3 else first_index(batch.positions, objective.unroll)
 
 
 def whole_indices(batch: Batch, steps: int) -> Tensor:
@@ -312,7 +318,7 @@ def step_losses(
     recompute: bool = False,
 ) -> StepLosses:
     """Unroll the head (recompute: as `unroll`) and compare it with the target."""
-    begin = first_index(batch.positions, objective.unroll)
+    begin = _first_index(batch, objective)
     states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin, recompute)
     picked = torch.stack(step_states(states, batch, begin))  # [S, M, H]
     distilled, observed = chunked_losses(
@@ -444,9 +450,15 @@ class Distiller(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
-        """The accumulation window's micro-batches, and what each step is divided by `[S]`."""
-        self.student.update_average()
+        """The accumulation window's micro-batches, and what each step is divided by `[S]`.
+
+        None for a run that is gone on with behind its last step, inside an epoch.
+        """
         objective, window = self.objective, []
+        if 0 < self.state.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+            return [], torch.zeros(objective.unroll)
+        self.student.update_average()
         counts = torch.zeros(objective.unroll, dtype=torch.long, device=device)
         progress = self.state.global_step / max(self.state.max_steps, 1)
         keep = keep_at(objective.select, objective.keep, progress)
@@ -598,7 +610,26 @@ class Distiller(Trainer):
         assert isinstance(answers, AnswerSet)
         rows = self.args.per_device_train_batch_size * self.accelerator.num_processes
         rows *= self.args.gradient_accumulation_steps  # as many processes or micro-batches: alike
-        return LengthBuckets(answers.lengths(), rows, self.args.data_seed or self.args.seed)
+        made = LengthBuckets(answers.lengths(), rows, self.args.data_seed or self.args.seed)
+        self.add_callback(TellEpoch(made))
+        return made
+
+
+class TellEpoch(TrainerCallback):
+    """Tells a sampler which epoch it is.
+
+    The Trainer does so, too, but where one of several processes goes on inside an epoch, its call
+    does not reach a sampler behind the batches that are skipped.
+    """
+
+    def __init__(self, sampler: "LengthBuckets") -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the epoch's first batch is drawn."""
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class LengthBuckets(Sampler):

@@ -104,6 +104,20 @@ def wait_for_moment(process: subprocess.Popen, out: Path, writing: bool, pause: 
         time.sleep(0.0005)
 
 
+@pytest.mark.parametrize("take", ["last", "best"])
+def test_a_run_that_was_killed_behind_its_last_step_takes_no_further_one(config, tmp_path, take):
+    """Inside an epoch, that is; only the head was not saved yet."""
+    settings = replace(config, epochs=1.5, take=take, lr=0.01, schedule="constant")
+    whole = run_training(settings, tmp_path / "out")
+    wanted = load_file(whole / "model.safetensors")
+    before = checkpoints(tmp_path / "out")
+    shutil.rmtree(whole)
+    run_training(TrainConfig(), tmp_path / "out", resume=True)
+    found = load_file(whole / "model.safetensors")
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+    assert checkpoints(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize(
     "kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)]
 )

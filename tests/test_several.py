@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from adaspec_eagle import train as training
 from adaspec_eagle import zero
+from adaspec_eagle.callbacks import newest_checkpoint
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.record import write_json
 from adaspec_eagle.train import TrainConfig, run_training
@@ -149,13 +150,17 @@ def job(tmp_path: Path, **changes) -> tuple[dict, list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("features", ["memory", "disk"])
 def test_the_whole_job_in_two_processes_equals_the_one_that_accumulates(tmp_path, features):
-    """Data, features, evaluation, checkpoints and the saved head; then nothing is left to do."""
-    settings, flags = job(tmp_path, features=features)
+    """Data, features, evaluation, checkpoints, the saved head; from inside an epoch again, too."""
+    settings, flags = job(tmp_path, features=features, evaluations=4, take="last")
     one = run_training(TrainConfig(**settings, accumulate=2), tmp_path / "one")
-    command = [*flags, "--out", str(tmp_path / "two")]
+    command, out = [*flags, "--out", str(tmp_path / "two")], tmp_path / "two"
     launch(*command)
+    assert_same_head(one, out / "head")
+    shutil.rmtree(out / "head")
+    shutil.rmtree(out / "checkpoints" / "head" / "checkpoint-12")
+    assert newest_checkpoint(out / "checkpoints" / "head").name == "checkpoint-9"  # of 6 an epoch
     launch(*command, "--resume")
-    assert_same_head(one, tmp_path / "two" / "head")
+    assert_same_head(one, out / "head")
 
 
 @pytest.mark.long
