@@ -320,10 +320,10 @@ def step_losses(
     """Unroll the head (recompute: as `unroll`) and compare it with the target."""
     begin = _first_index(batch, objective)
     states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin, recompute)
-    picked = torch.stack(step_states(states, batch, begin))  # [S, M, H]
+    picked = head.readout(torch.stack(step_states(states, batch, begin)))  # [S, M, H]
     distilled, observed = chunked_losses(
         objective.loss,
-        head.readout(picked),
+        picked,
         draft_output(head),
         tokens.hidden,
         tokens.output,
@@ -405,6 +405,12 @@ class Distiller(Trainer):
     ) -> None:
         if "reference" in needs(objective.select) and reference is None:
             raise UserError(f"--select {objective.select} needs a reference head (--reference DIR)")
+        width = head.output_weight.shape[-1]
+        if FEATURE in loss_terms(objective.loss) and width != target.hidden_size:
+            raise UserError(
+                f"--loss {objective.loss}: this head's hidden states are {width} wide, those of "
+                f"{target.name} {target.hidden_size}; leave `feature` out"
+            )
         self.student = Student(head, objective, target, recompute)
         super().__init__(model=self.student, data_collator=collate, **kwargs)
         self.head = head

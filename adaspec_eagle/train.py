@@ -1,6 +1,7 @@
 """The training job: data, reference head, draft head, and what is written beside them."""
 
 import json
+import math
 import time
 import zlib
 from collections import Counter
@@ -132,9 +133,17 @@ class TrainConfig:
                 raise UserError(
                     f"--report-to {name}: not known or not installed; here are {', '.join(there)}"
                 )
-        positive = (self.epochs, self.lr, self.reference_epochs)
-        if any(value is not None and value <= 0 for value in positive):
-            raise UserError("--epochs, --reference-epochs and --lr must be above 0")
+        for name in ("epochs", "reference_epochs", "lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {value}: must be above 0, and finite")
+        if not 0 <= self.decay < math.inf:
+            raise UserError(f"--decay {self.decay}: must be at least 0, and finite")
+        if self.init and (self.train_output or self.start != TrainConfig.start):
+            raise UserError(
+                "--train-output and --start are for fresh heads; --init goes on with one as it is"
+            )
 
     def _check_on_policy(self) -> None:
         flag = f"--on-policy {self.on_policy:g}"

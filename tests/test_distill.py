@@ -220,6 +220,24 @@ def test_selection_compares_the_distillation_loss_without_the_feature_term():
     torch.testing.assert_close(found.total[0], found.distilled[0] + regression)
 
 
+def test_the_feature_term_compares_what_the_output_rows_read(tmp_path):
+    """Of any head: Medusa's states, for one, are wider than that."""
+    target = tiny_target()
+    head = tiny_head(target, "medusa")
+    objective = Objective("feature=1,fkl=0.1", unroll=1)
+    batch = make_batch(target, head, collate([AnswerSet(RECORDS)[i] for i in range(4)]))
+    tokens = target_tokens(target, head, batch, full=False)
+    with torch.no_grad():
+        found = step_losses(head, objective, batch, tokens)
+        (hidden,) = unroll(head, batch.features, batch.input_ids, 1)
+    predicted = head.readout(hidden[batch.rows, batch.positions - 1])
+    regression = feature_regression(predicted, batch.hidden[batch.rows, batch.positions])
+    torch.testing.assert_close(found.total[0], found.distilled[0] + regression)
+    head.output_rows = torch.zeros(60, 8)
+    with pytest.raises(UserError, match="8 wide"):
+        distiller(tmp_path, head, target, objective)
+
+
 @pytest.mark.parametrize("name", ["eagle3", "lm"])
 def test_the_black_box_loss_asks_nothing_of_the_target_but_its_text(name):
     """Value and gradient stay when the hidden states that give the target's logits are lost."""
