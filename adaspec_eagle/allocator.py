@@ -3,11 +3,11 @@
 import ctypes
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's names, malloc.h of glibc
-LARGE = 1 << 30
+LARGE, OLD_LARGE = 1 << 30, 1 << 25  # the second: the most that glibc before 2.35 takes
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep freed blocks of up to 1 GiB; whether the C library can (glibc).
+    """Let the process keep what it frees, in blocks of up to 1 GiB; whether the C library can.
 
     By default glibc returns large blocks to the system at once, so that each step's tensors are
     new pages, which the system clears one by one: 7 % of a training step on CPU (results/LOG.md).
@@ -17,4 +17,5 @@ def keep_freed_memory() -> bool:
         set_option = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
         return False
-    return bool(set_option(MMAP_THRESHOLD, LARGE) and set_option(TRIM_THRESHOLD, LARGE))
+    mapped = set_option(MMAP_THRESHOLD, LARGE) or set_option(MMAP_THRESHOLD, OLD_LARGE)
+    return bool(set_option(TRIM_THRESHOLD, LARGE) and mapped)

@@ -22,6 +22,7 @@ from adaspec_eagle.suite_tables import published
 
 Summary = dict[str, Any]
 FACTS = ("weights", "epochs", "steps", "answer_token_passes", "head_flops")
+FORM = ("head", "unroll", "draft_vocab")  # of a cell's config
 DIGITS = {"tau_sim": 2, "tau": 2}  # others: three
 
 
@@ -67,6 +68,7 @@ def _facts(arm: Arm) -> dict[str, Any]:
         "seeds": arm.seeds,
         "prompts": first["prompts"]["prompts"],
         **{name: first[name] for name in FACTS},
+        **{name: first["config"][name] for name in FORM},
         **means,
         "alpha_by_depth": [sum(column) / len(column) for column in zip(*depths, strict=False)],
     }
@@ -97,7 +99,7 @@ def task_table(found: Summary, task: str) -> str:
         header += [metric, "difference"]
     rows, base = [], found["tasks"][task].get(found["baseline"])
     for name, arm in found["tasks"][task].items():
-        other = base is not None and abs(arm["head_flops"] / base["head_flops"] - 1) > 0.02
+        other = base is not None and not _equal_compute(arm, base)
         speed = arm["train_tokens_per_s"]
         row = [name, str(len(arm["seeds"])), str(arm["steps"])]
         row += [
@@ -112,13 +114,20 @@ def task_table(found: Summary, task: str) -> str:
     return markdown_table(header, rows)
 
 
+def _equal_compute(arm: dict[str, Any], base: dict[str, Any]) -> bool:
+    """Whether two arms took the same head FLOPs, which only heads of the same form can."""
+    near = abs(arm["head_flops"] / base["head_flops"] - 1) <= 0.02
+    return near and all(arm[key] == base[key] for key in ("weights", *FORM))
+
+
 def markdown(found: Summary) -> str:
     """All tables of a comparison."""
     one, other = found["primary"]
     parts = [
         f"Budget: {found['budget']} epochs. Primary contrast: {one} against {other}. Differences "
         f"are to {found['baseline']}; * holds (see the definitions below); † other head FLOPs than "
-        "that arm's, so that its difference is not one of methods alone.",
+        "that arm's, or a head of another form, so that its difference is not one of methods "
+        "alone.",
     ]
     for task in found["tasks"]:
         parts += [f"### {task}", task_table(found, task)]
@@ -197,18 +206,23 @@ def latex(found: Summary) -> str:
         "% needs \\usepackage{booktabs}; generated from summary.json",
         f"\\begin{{tabular}}{{l{'rr' * len(tasks)}}}",
         "\\toprule",
-        " & ".join(["", *(f"\\multicolumn{{2}}{{c}}{{{task}}}" for task in tasks)]) + " \\\\",
+        " & ".join(["", *(f"\\multicolumn{{2}}{{c}}{{{_escaped(task)}}}" for task in tasks)])
+        + " \\\\",
         " & ".join(["arm", *(["$\\alpha$ (\\%)", "$\\Delta$"] * len(tasks))]) + " \\\\",
         "\\midrule",
     ]
     for arm in found["arms"]:
-        cells = [arm.replace("_", "\\_")]
+        cells = [_escaped(arm)]
         for task in tasks:
             one = found["tasks"][task].get(arm, {}).get("metrics", {}).get("greedy_alpha")
             cells += ["--", ""] if one is None else [f"{100 * one['value']:.1f}", _delta(one)]
         if any(cell not in ("--", "") for cell in cells[1:]):
             lines.append(" & ".join(cells) + " \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def _escaped(name: str) -> str:
+    return name.replace("_", "\\_")
 
 
 def _delta(one: dict[str, Any]) -> str:

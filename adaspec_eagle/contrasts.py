@@ -57,6 +57,9 @@ class Arm:
         return self.counts[[self.seeds.index(seed) for seed in seeds]]
 
 
+OWN = {"seed", "reference", "features", "device", "report_to"}  # what a cell may have of its own
+
+
 def read_cells(out: Path, budget: str | None = None) -> dict[str, dict[str, Arm]]:
     """Task -> arm -> its cells under OUT/cells, of one budget (None: the only one there is)."""
     budgets = sorted(path.name for path in (out / "cells").glob("*") if path.is_dir())
@@ -76,9 +79,33 @@ def read_cells(out: Path, budget: str | None = None) -> dict[str, dict[str, Arm]
                 f"cells of {task} under {out} were measured on other prompts or with other "
                 "settings than each other; choose another --out, or delete the old ones"
             )
+        _check_trained_alike(task, arms)
     return {
         task: {name: _arm(cells) for name, cells in arms.items()} for task, arms in found.items()
     }
+
+
+def _check_trained_alike(task: str, arms: dict[str, Cells]) -> None:
+    """Raise UserError if an arm's seeds differ in more than the seed, or one data file had two
+    contents."""
+    contents: dict[str, set[str]] = defaultdict(set)
+    for name, cells in arms.items():
+        known = set.intersection(*(set(cell["config"]) for cell in cells))  # others came later
+        for key in sorted(known - OWN):
+            if len({one_line(cell["config"][key]) for cell in cells}) > 1:
+                raise UserError(
+                    f"cells of {task}, arm {name}: they were trained with different {key}; an arm "
+                    "that has changed wants a name, or an --out, of its own"
+                )
+        for cell in cells:
+            for file, digest in zip(cell["config"]["data"], cell["data_sha256"], strict=True):
+                contents[file].add(digest)
+    for file, digests in contents.items():
+        if len(digests) > 1:
+            raise UserError(
+                f"cells of {task} were trained on {file} with different contents ({digests}); "
+                "delete those of one, or choose another --out"
+            )
 
 
 def _arm(cells: Cells) -> Arm:

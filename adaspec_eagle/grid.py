@@ -4,12 +4,11 @@ Cells are independent files, so that any number of workers, on any number of mac
 folder (its file system must know locks): a cell is done where its file is.
 """
 
-import fcntl
 import json
+import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from adaspec_eagle.callbacks import say
 from adaspec_eagle.data import load_training
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import head_class, load_head
+from adaspec_eagle.paths import taken
 from adaspec_eagle.prepare import write_store
 from adaspec_eagle.record import environment, sha256, write_json
 from adaspec_eagle.selection import needs
@@ -29,12 +29,15 @@ from adaspec_eagle.targets import Target
 from adaspec_eagle.train import TrainConfig, Workshop, run_training
 
 BACKWARD = 2  # a backward pass costs two forward passes
+RELATED = ("head", "unroll", "draft_vocab", "train_output", "data", "max_length", "held_back")
+GIVEN = ("target", "seed", "take", "dtype")  # settings of the grid or the cell, not of an arm
 
 FLOPS = (
     "head FLOPs in forward passes of the arm's own head over one answer token of the training "
     "data: 3 a token and epoch (forward 1, backward 2); AdaSPEC's reference stage the same, and 1 "
-    "for the reference head's losses, which are computed once; a moving average 1 a token and "
-    "epoch; an answer that the head writes (--on-policy) 2 a token. The target's own work is not "
+    "for the reference head's losses, which are computed once (with --on-policy in every epoch); a "
+    "moving average 1 a token and epoch; an answer that the head writes 2 a token. Comparable "
+    "between heads of the same form only. The target's own work is not "
     "in it: one pass a task, shared by all arms, but another output layer in every step for losses "
     "and selections that need its full vocabulary, and a pass for answers that the head writes"
 )
@@ -66,17 +69,22 @@ class Plan:
     def cost(self, name: str, epochs: float) -> float:
         """Head FLOPs of an arm at a given budget, as FLOPS defines them."""
         config, own = config_of(self.arms[name], {}), self.epochs(name, epochs)
-        rewritten = 2 * config.on_policy * max(0.0, own - 1)
+        rewritten = 2 * config.on_policy * max(0, math.ceil(own) - 1)
         return self._each(name) * own + rewritten + self._once(name, epochs)
 
     def _each(self, name: str) -> float:
         """What an epoch costs."""
-        return 1 + BACKWARD + ("average" in needs(config_of(self.arms[name], {}).selection))
+        arm, config = self.arms[name], config_of(self.arms[name], {})
+        passes = "average" in needs(config.selection) or bool(arm.reference and config.on_policy)
+        return 1 + BACKWARD + passes
 
     def _once(self, name: str, epochs: float) -> float:
         """What comes before the first epoch."""
         reference = self.arms[name].reference
-        return 1 + self.cost(reference, epochs) if reference else 0.0
+        if not reference:
+            return 0.0
+        beforehand = not config_of(self.arms[name], {}).on_policy
+        return beforehand + self.cost(reference, epochs)
 
     def epochs(self, name: str, epochs: float) -> float:
         """How many passes over its data an arm makes at a given budget."""
@@ -100,7 +108,7 @@ class Plan:
                 raise UserError(f"arm {name}: `match` sets the epochs, and knows no on_policy")
             for other in filter(None, (arm.reference, arm.match)):
                 theirs = config_of(self.arms[other], {})
-                for key in ("head", "unroll", "data"):
+                for key in RELATED:
                     if getattr(config, key) != getattr(theirs, key):
                         raise UserError(
                             f"arms {name} and {other} differ in {key}: their heads or FLOPs cannot "
@@ -112,11 +120,17 @@ class Plan:
 
 def config_of(arm: CellArm, given: dict[str, Any]) -> TrainConfig:
     """The arm's TrainConfig with some fields given; UserError for one that there is not."""
-    known = {f.name for f in fields(TrainConfig)}
+    known = {f.name: str(getattr(f.type, "__name__", f.type)) for f in fields(TrainConfig)}
     values = {name: value for name, value in arm.config.items() if name != "epochs"} | given
-    for name in values:
+    for name, value in arm.config.items():
         if name not in known:
             raise UserError(f"arm {arm.name}: {name!r} is no setting of scripts/train_head.py")
+        if name in GIVEN:
+            raise UserError(f"arm {arm.name}: {name} is the grid's to say, not an arm's")
+        if isinstance(value, str) and known[name].startswith(("int", "float")):
+            raise UserError(
+                f"arm {arm.name}: {name} {value!r} is text to YAML, which reads numbers like 3.0e-4"
+            )
     return TrainConfig(**values)
 
 
@@ -139,6 +153,8 @@ def read_plan(path: Path) -> Plan:
                 if other not in arms:
                     raise UserError(f"{path}: arm {name} needs {other!r}; put that before it")
         plan = Plan(arms, tuple(found["primary"]), found.get("seeds") or {})
+        if len(plan.primary) != 2:
+            raise UserError(f"{path}: primary is two arms, the second the baseline of all")
         for name in (*plan.primary, *plan.seeds):
             if name not in arms:
                 raise UserError(f"{path}: there is no arm {name!r}")
@@ -203,25 +219,6 @@ def cells_of(plan: Plan, tasks: Sequence[str], seeds: int, only: Sequence[str] =
     ]
 
 
-# ---- taking turns --------------------------------------------------------------------------------
-
-
-@contextmanager
-def taken(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether this worker holds the lock file inside the block; the system frees a dead one's.
-
-    wait: until whoever has it is done.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 # ---- work ----------------------------------------------------------------------------------------
 
 
@@ -239,6 +236,7 @@ def run_grid(
     worker is training waits; whoever has nothing else to do looks again. A reference head that is
     gone, as where records came from another machine, is trained again.
     """
+    _check_depth(plan, cells, settings)
     done, began = 0, time.monotonic()
     while open_cells := [cell for cell in cells if not _record(cell, out, settings).exists()]:
         before = done
@@ -259,6 +257,24 @@ def run_grid(
         if done == before:
             time.sleep(5)
     return done
+
+
+def _check_depth(plan: Plan, cells: Sequence[Cell], settings: GridSettings) -> None:
+    """Raise UserError for chains that are deeper than an arm's head drafts, or than its answers."""
+    if settings.max_new_tokens <= settings.depth:
+        raise UserError(
+            f"--max-new-tokens {settings.max_new_tokens}: too few for chains of --depth "
+            f"{settings.depth} behind a first token"
+        )
+    for name in dict.fromkeys(cell.arm for cell in cells):
+        config = config_of(plan.arms[name], {})
+        kind = head_class(config.head)
+        deepest = config.unroll or kind.default_unroll
+        if not kind.reads_tokens and settings.depth > deepest:
+            raise UserError(
+                f"arm {name}: its head drafts {deepest} tokens deep; give --depth {deepest}, or "
+                f"the arm unroll: {settings.depth}"
+            )
 
 
 def _lost(
@@ -353,13 +369,20 @@ def run_cell(
         "weights": sum(weight.numel() for weight in head.parameters()),
         "train_seconds": None if resumed else notes["seconds_since_last_start"],
         "train_tokens_per_s": sum(speeds) / len(speeds) if speeds else None,
-        "held_back_tau_sim": notes["best_tau_sim"],
+        "held_back_tau_sim": _held_back(notes, given["take"]),
         "prompts": source.describe() | {"ids": [prompt.id for prompt in source.prompts]},
         "data_sha256": [sha256(file) for file in given["data"]],
         "figures": found,
         "per_prompt": per_prompt,
         "environment": environment(),
     }
+
+
+def _held_back(notes: dict[str, Any], take: str) -> float:
+    """tau_sim on held-back answers, of the weights that the run ended with."""
+    if take == "best":
+        return notes["best_tau_sim"]
+    return [line["eval_tau_sim"] for line in notes["curves"] if "eval_tau_sim" in line][-1]
 
 
 def _check_same(folder: Path, config: TrainConfig) -> None:

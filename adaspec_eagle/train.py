@@ -26,7 +26,7 @@ from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new
 from adaspec_eagle.losses import loss_terms
 from adaspec_eagle.onpolicy import OnPolicy
 from adaspec_eagle.optim import OPTIMIZERS
-from adaspec_eagle.paths import default_cache_dir
+from adaspec_eagle.paths import default_cache_dir, taken
 from adaspec_eagle.plots import curves_png
 from adaspec_eagle.prepare import (
     compute_features,
@@ -420,7 +420,8 @@ def _self_written(config: TrainConfig, target: Target, out: Path) -> Path:
     cached = default_cache_dir() / "data" / f"self-{target.fingerprint}-seed{config.seed}.jsonl"
     cached.parent.mkdir(parents=True, exist_ok=True)
     say(f"no --data: {target.name} writes {config.tokens:,} answer tokens to {cached}")
-    answer_self(target, cached, Settings(tokens=config.tokens, seed=config.seed), say)
+    with taken(cached.with_suffix(".lock"), wait=True):  # of another run that wants the same
+        answer_self(target, cached, Settings(tokens=config.tokens, seed=config.seed), say)
     share, tokens = [], 0
     for item in read_jsonl(cached):
         if tokens >= config.tokens:

@@ -21,7 +21,16 @@ from adaspec_eagle.contrasts import (
     t_test,
 )
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.grid import Cell, Plan, cells_of, config_of, read_plan, run_cell, taken
+from adaspec_eagle.grid import (
+    Cell,
+    Plan,
+    cells_of,
+    config_of,
+    read_plan,
+    run_cell,
+    run_grid,
+)
+from adaspec_eagle.paths import taken
 from adaspec_eagle.record import write_json
 from adaspec_eagle.stats import AcceptanceStats
 from eval import compare as script
@@ -59,6 +68,10 @@ def test_budgets_are_matched_by_head_flops(plan):
     assert other.cost("ema", 3) == pytest.approx(19)
     written = replace(plan.arms["ema"], config={"on_policy": 0.5})
     assert Plan(plan.arms | {"ema": written}, plan.primary).cost("ema", 3) == 9 + 2
+    assert Plan(plan.arms | {"ema": written}, plan.primary).cost("ema", 2.5) == 7.5 + 2
+    both = replace(plan.arms["adaspec"], config=plan.arms["adaspec"].config | {"on_policy": 0.5})
+    other = Plan(plan.arms | {"adaspec": both}, plan.primary)
+    assert other.cost("adaspec", 3) == 9 + (3 + 1) * 3 + 2  # the reference's losses every epoch
 
 
 def test_cells_go_seed_by_seed(plan):
@@ -76,6 +89,10 @@ def test_cells_go_seed_by_seed(plan):
         ("[adaspec, equal]", "[adaspec, other]", "no arm 'other'"),
         ("match: adaspec}", "match: adaspec, epochs: 2}", "sets the epochs"),
         ("match: adaspec}", "match: adaspec, unroll: 2}", "differ in unroll"),
+        ("match: adaspec}", "match: adaspec, max_length: 99}", "differ in max_length"),
+        ("lr: 0.02", "lr: 2e-2", "lr '2e-2' is text"),
+        ("{select: adaspec-ema}", "{select: adaspec-ema, seed: 3}", "seed is the grid's"),
+        ("[adaspec, equal]", "[adaspec]", "two arms"),
         ("{select: adaspec-ema}", "{select: adaspec-ema, data: x.jsonl}", "list of files"),
         ("{select: adaspec-ema}", "{select: none, match: distillspec, head: eagle1}", "in head"),
         ("primary:", "first:", "no arms file"),
@@ -99,7 +116,7 @@ def test_a_cell_is_worked_on_by_one_at_a_time(tmp_path):
 
 def test_the_lock_of_a_killed_worker_is_free(tmp_path):
     lock = tmp_path / "cell.lock"
-    hold = "import sys, time\nfrom pathlib import Path\nfrom adaspec_eagle.grid import taken\n"
+    hold = "import sys, time\nfrom pathlib import Path\nfrom adaspec_eagle.paths import taken\n"
     hold += "with taken(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE, text=True
@@ -282,6 +299,39 @@ def test_an_arm_that_changed_under_way_and_cells_of_other_settings_are_refused(t
         write_json(tmp_path / "cells" / "1" / "words" / f"equal-seed{seed}.json", one)
     with pytest.raises(UserError, match="other settings"):
         read_cells(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, None),
+        ({"lr": 0.5}, "arm equal: .* different lr"),
+        ({"data_sha256": ["other"]}, "different contents"),
+    ],
+)
+def test_cells_that_were_trained_otherwise_are_not_averaged(tmp_path, change, message):
+    prompts = {"ids": [], "prompts": 0}
+    for seed, changed in enumerate(({}, change)):
+        config = {"lr": 0.1, "seed": 0, "data": ["a.jsonl"]} | changed
+        one = {"task": "words", "arm": "equal", "seed": seed, "prompts": prompts, "per_prompt": []}
+        one |= {"settings": {}, "config": config, "data_sha256": ["first"]} | changed
+        write_json(tmp_path / "cells" / "1" / "words" / f"equal-seed{seed}.json", one)
+    if message is None:
+        assert read_cells(tmp_path)["words"]["equal"].seeds == [0, 1]
+    else:
+        with pytest.raises(UserError, match=message):
+            read_cells(tmp_path)
+
+
+def test_chains_deeper_than_answers_or_heads_are_refused_before_any_work(plan, tmp_path):
+    settings = script.settings_of(script.parser().parse_args(["--max-new-tokens", "5"]))
+    with pytest.raises(UserError, match="--max-new-tokens 5"):
+        run_grid(plan, [Cell("a", "ema", 0)], settings, None, tmp_path, tmp_path)
+    medusa = replace(plan.arms["ema"], config={"head": "medusa", "method": "distillspec"})
+    plan = Plan({"medusa": medusa}, ("medusa", "medusa"))
+    settings = replace(settings, max_new_tokens=64)
+    with pytest.raises(UserError, match="medusa: its head drafts 4 tokens deep; give --depth 4"):
+        run_grid(plan, [Cell("a", "medusa", 0)], settings, None, tmp_path, tmp_path)
 
 
 def test_best_of_more_epochs_is_another_budget(plan):
