@@ -205,6 +205,7 @@ class DraftHead(nn.Module):
         positions = torch.arange(following.shape[1], device=tokens.device).expand_as(following)
         mask = None
         if begin:
+            assert cache is not None
             self.remember(hidden[:, :begin], following[:, :begin], positions[:, :begin], cache)
             mask = Unrolled(following.shape[1], begin)
         return self(hidden[:, begin:], following[:, begin:], positions[:, begin:], mask, cache, 0)
