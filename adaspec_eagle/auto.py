@@ -25,6 +25,7 @@ from adaspec_eagle.cache import TreeCache
 from adaspec_eagle.compiled import Call, head_call, target_call
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
+from adaspec_eagle.packed import packing
 from adaspec_eagle.paths import default_cache_dir
 from adaspec_eagle.record import cpu_model, write_json
 from adaspec_eagle.targets import Target
@@ -157,6 +158,7 @@ def costs_of(
         "rows": rows,
         "width": width,
         "compiled": compiled,
+        "packed": bool(packing(target.model).places),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     path = default_cache_dir() / "costs" / f"{key}.json"
@@ -199,6 +201,11 @@ class Planner:
         """Tokens a second without a draft."""
         return self.rows / self.costs.of_target(1)
 
+    def keep(self, rows: int) -> None:
+        """Go on with fewer rows; costs stay those of all, with a draft and without alike."""
+        self.tokens *= rows / self.rows
+        self.rows = rows
+
     def trust(self, depth: int) -> float:
         """Accepted / promised at a depth so far: what the head's probabilities are worth."""
         if depth > len(self.kept):
@@ -208,7 +215,8 @@ class Planner:
 
     def deeper(self, depth: int, beam: Tensor) -> bool:
         """Whether a level below the beam at `depth` is worth drafting; beam `[B, W]`: log p."""
-        reach = float(beam.exp().sum()) * self.trust(depth)  # rows that get that far
+        share = self.rows / len(beam)  # others are at rest
+        reach = float(beam.exp().sum()) * share * self.trust(depth)  # rows that get that far
         asked = self.kept[depth - 1 : depth + 1]
         passes = GUESS
         if len(asked) == 2:
@@ -221,7 +229,7 @@ class Planner:
         trust = [self.trust(d) for d in range(1, int(depths.max()) + 1)]
         worth = torch.tensor([0.0, *trust], device=scores.device)[depths]
         chances = (scores.exp() * worth).sort(1, descending=True).values.sum(0)  # [M]
-        gains = chances.cumsum(0)[: self.most_nodes].tolist()
+        gains = (chances.cumsum(0)[: self.most_nodes] * (self.rows / len(scores))).tolist()
         value = [g - self.rate * self.costs.of_target(n + 2) for n, g in enumerate(gains)]
         return value.index(max(value)) + 1
 

@@ -16,6 +16,7 @@ from adaspec_eagle.head import DraftHead, load_head
 from adaspec_eagle.hub import task_prompts
 from adaspec_eagle.packed import packing
 from adaspec_eagle.record import environment, sha256, shown
+from adaspec_eagle.sampling import MAX_SEED
 from adaspec_eagle.storage import local_folder, weights_file
 from adaspec_eagle.targets import DEFAULT_TARGET, Target
 
@@ -110,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser, prompts: Path | None) -> None
     add("--batch-size", type=positive, default=1, metavar="B", help="default: %(default)s")
     add("--dtype", help="bfloat16, float32, float64; default: bfloat16 where the device computes "
         "it natively, else float32")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the bootstrap, and of what is sampled; default: 0")
+    add("--seed", type=seed, default=0, help="of the bootstrap, and of what is sampled; default: 0")
     add("--out", type=Path, metavar="DIR", help="folder for result.json")
     add("--allow-other-target", action="store_true",
         help="measure a head that was trained for other weights")  # fmt: skip
@@ -122,6 +123,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def seed(text: str) -> int:
+    """A seed, for argparse."""
+    value = int(text)
+    if not 0 <= value < MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {MAX_SEED - 1}")
     return value
 
 

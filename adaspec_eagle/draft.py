@@ -69,8 +69,7 @@ class Dynamic:
     sampled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if min(self.nodes, self.depth, self.width) < 1:
-            raise UserError(f"{self}: nodes, depth and width of a tree must be at least 1")
+        _check_sizes(self, self.nodes, self.depth, self.width)
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,9 @@ class Sampled:
     depth: int = 4
     sampled: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, self.depth)
+
 
 @dataclass(frozen=True)
 class Auto:
@@ -95,8 +97,37 @@ class Auto:
     costs: Costs | None = None  # of another machine, whose trees are wanted; None: of this one
     sampled: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, self.nodes, self.depth, self.width)
+
+
+def _check_sizes(shape: object, *sizes: int) -> None:
+    if min(sizes) < 1:
+        raise UserError(f"{shape}: nodes, depth and width of a tree must be at least 1")
+
 
 Shape = Static | Dynamic | Sampled | Auto
+
+
+def check_shape(shape: Shape, head: DraftHead, context: int) -> None:
+    """Raise UserError for a tree that the context has no room for, or deeper than the head drafts.
+
+    Sizes of an auto tree are bounds, and so is a dynamic tree's depth for a head that drafts less
+    deep.
+    """
+    if isinstance(shape, Auto):
+        return
+    nodes = shape.nodes if isinstance(shape, Dynamic) else shape.depth
+    if isinstance(shape, Static):
+        nodes = len(shape.parents) - 1
+    if max(nodes, shape.depth) >= context:
+        raise UserError(
+            f"a tree of {nodes} nodes, {shape.depth} deep, has no room in a context of {context}"
+        )
+    if isinstance(shape, Static | Sampled) and shape.depth > (head.deepest or shape.depth):
+        raise UserError(
+            f"this head drafts {head.deepest} tokens deep, the tree is {shape.depth} deep"
+        )
 
 
 def chain(length: int) -> Static:
@@ -112,6 +143,8 @@ def static_tree(nodes: int = 8, rates: tuple[float, ...] = RANK_RATES) -> Static
     The greedy choice maximises the expected accepted length under that assumption (Sequoia,
     arXiv 2402.12374; OPT-Tree, arXiv 2406.17276).
     """
+    if nodes < 1:
+        raise UserError(f"a tree of {nodes} nodes: it must have at least 1")
     found: list[tuple[float, int, tuple[int, ...]]] = []  # paths of ranks, as they are chosen
     heap: list[tuple[float, int, tuple[int, ...]]] = [(-rates[0], 1, (0,))]
     while len(found) < nodes:
@@ -309,6 +342,8 @@ class Drafter:
         seen = torch.zeros(b, 1, 0, dtype=torch.bool, device=device)
         for depth in range(1, shape.depth + 1):
             q = (logits.double() / sampler.temperature).softmax(-1)  # [B, Vd]
+            # A head of NaN drafts something, as in other trees; no emitted token depends on it.
+            q = torch.where(q.isfinite().all(-1, keepdim=True), q, 1 / q.shape[-1])
             drawn = draw(q, sampler.numbers(places, depth - 1, DRAFT))
             tokens.append(self.head.to_target(drawn))
             whole = q.new_zeros(b, self.head.config.vocab_size)
@@ -328,10 +363,13 @@ class Drafter:
         )
         return tree, drafts
 
-    def learn(self, accepted: list[int]) -> None:
-        """Tell the planner how many draft tokens each row accepted in this round."""
+    def learn(self, accepted: list[int], running: list[bool]) -> None:
+        """Tell the planner how many draft tokens each row that runs accepted in this round."""
         if self.planner and self.drafted:
-            self.planner.learn(*self.drafted[:2], accepted, self.drafted[2])
+            scores, depths, levels = self.drafted
+            rows = torch.tensor(running, device=scores.device)
+            passed = [count for count, goes_on in zip(accepted, running, strict=True) if goes_on]
+            self.planner.learn(scores[rows], depths[rows], passed, levels)
 
     def _grow_dynamic(self, shape: Dynamic | Auto) -> DraftTree:
         """Keep a beam of the most probable paths; rerank all candidates at the end (EAGLE-2).

@@ -3,6 +3,7 @@
 Legend: B rows still running, T prompt columns, N nodes, P path length.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from transformers import (
 from adaspec_eagle.attention import tree_mask
 from adaspec_eagle.auto import Planner, costs_of
 from adaspec_eagle.compiled import check_compiler, target_call
-from adaspec_eagle.draft import Auto, Drafter, Shape, parse_shape
+from adaspec_eagle.draft import Auto, Drafter, Shape, check_shape, parse_shape
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.sampling import Row, Sampler, warpers
@@ -133,7 +134,7 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     min_new_tokens: int = 0,
-    stop_strings: Sequence[str] = (),
+    stop_strings: str | Sequence[str] = (),
     seed: int = 0,
     row_keys: Sequence[int] | None = None,
     watch: Callable[[int, list[int], int], None] | None = None,
@@ -159,11 +160,16 @@ def generate(
     shape = parse_shape(tree)
     if shape.sampled and temperature == 0:
         raise UserError(f"tree {tree!r} samples its drafts: give a temperature above 0")
-    if not 0 <= min_new_tokens <= max_new_tokens or repetition_penalty <= 0:
+    if not 0 <= min_new_tokens <= max_new_tokens or not 0 < repetition_penalty < math.inf:
         raise UserError(
             f"min_new_tokens {min_new_tokens} (from 0 to max_new_tokens), repetition_penalty "
             f"{repetition_penalty} (above 0)"
         )
+    keys = list(range(len(rows)) if row_keys is None else row_keys)
+    if len(keys) != len(rows) or min(keys) < 0:
+        raise UserError(f"row_keys {keys}: one number from 0 for each of the {len(rows)} rows")
+    if stop_strings and target.tokenizer is None:
+        raise UserError(f"stop strings need a tokenizer, and target {target.name!r} has none")
     if compiled:
         check_compiler(target.device)
     if head is not None:
@@ -177,9 +183,9 @@ def generate(
                 key,
                 [*ids],
                 len(ids),
-                _processors(cuts, repetition_penalty, ids, min_new_tokens, end_ids),
+                _processors(cuts, repetition_penalty, ids, min_new_tokens, end_ids, target.device),
             )
-            for key, ids in zip(row_keys or range(len(rows)), prompts, strict=True)
+            for key, ids in zip(keys, prompts, strict=True)
         ],
         sample=temperature > 0,
         seed=seed,
@@ -188,7 +194,8 @@ def generate(
         max_new_tokens, frozenset(end_ids), [[] for _ in rows], watch=watch, watch_tree=watch_tree
     )
     if stop_strings:
-        criterion = StopStringCriteria(target.tokenizer, list(stop_strings))
+        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        criterion = StopStringCriteria(target.tokenizer, strings)
         answers.stops = lambda row, answer: bool(
             criterion(torch.tensor([prompts[row] + answer]), None).any()
         )
@@ -198,14 +205,19 @@ def generate(
 
 
 def _processors(
-    cuts: LogitsProcessorList, penalty: float, prompt: list[int], least: int, end_ids: list[int]
+    cuts: LogitsProcessorList,
+    penalty: float,
+    prompt: list[int],
+    least: int,
+    end_ids: list[int],
+    device: torch.device,
 ) -> LogitsProcessorList:
     """A row's processors in transformers' order; `cuts` itself where nothing depends on the row."""
     own: list = []
     if penalty != 1:
         own.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
     if least and end_ids:
-        own.append(MinNewTokensLengthLogitsProcessor(len(prompt), least, end_ids))
+        own.append(MinNewTokensLengthLogitsProcessor(len(prompt), least, end_ids, device))
     return LogitsProcessorList([*own, *cuts]) if own else cuts
 
 
@@ -222,8 +234,10 @@ def decode(
     """The loop behind `generate`, for arguments that were checked: fills `answers`.
 
     rows: the prompts' ids without padding; head: bound, or None; `sampler` and `answers` have a row
-    for each of them.
+    for each of them. Raises UserError for a tree that the context or the head has no room for.
     """
+    if head is not None:
+        check_shape(shape, head, target.context)
     clock = Stopwatch(target.device)
     begin = clock.now()
     run = _Run(target, head, shape, sampler, clock, compiled, answers.watch_tree)
@@ -317,22 +331,17 @@ class _Run:
         """One draft and one verify; the tokens that each row emits (rows at rest stand still)."""
         with self.clock.part("draft"):
             if self.drafter:
+                if self.drafter.planner and self.drafter.planner.rows != sum(running):
+                    self.drafter.planner.keep(sum(running))
                 scored = self.watch_tree is not None
                 tree, drafts = self.drafter.grow(self.last, self.sampler, scored)
             else:
                 tree, drafts = lone_root(self.last), []
-        self.nodes = tree.tokens.shape[1] - 1
-        limit = self.shape.depth if self.drafter else 0
-        ancestors = ancestor_mask(tree.parents, limit)
-        with self.clock.part("verify"):
-            logits, features = self._verify(tree, ancestors)
-        verdict, finite = self._judge(tree, logits, ancestors, limit, running, drafts)
-        if self.watch_tree:
-            self.watch_tree(tree, verdict)
-        tokens = emitted(tree, verdict)  # [B, N]
-        depth = tree.depths.amax(1)
-        facts = torch.stack([verdict.length, depth, finite.long()], 1)
-        host = torch.cat([facts, tokens], 1).tolist()  # the round's one read from the device
+        tokens, verdict, host, features = self._check(tree, drafts, running)
+        if self.nodes and not all(row[2] for row in host):
+            # What the target makes of one node reaches, as NaN, those that do not look at it.
+            self.cache.rollback()
+            tokens, verdict, host, features = self._check(lone_root(self.last), [], running)
         self._check_finite([bool(row[2]) for row in host])
         counts = [row[0] for row in host]
         self.depths = [row[1] for row in host]
@@ -340,7 +349,7 @@ class _Run:
         self.lengths = [old + new for old, new in zip(self.lengths, gained, strict=True)]
         moved = torch.tensor(gained, device=tokens.device)
         if self.drafter and self.drafter.planner:
-            self.drafter.learn([count - 1 for count in counts])
+            self.drafter.learn([count - 1 for count in counts], running)
             if not self.drafter.planner.pays():
                 self.drafter = None
         self._commit(verdict.path, tokens, moved, max(counts), features)
@@ -350,6 +359,26 @@ class _Run:
             if goes_on:
                 self.sampler.extend(b, new[b])
         return new
+
+    def _check(
+        self, tree: DraftTree, drafts: list[Tensor], running: list[bool]
+    ) -> tuple[Tensor, Verdict, list[list[int]], Tensor]:
+        """Verify a tree: its emitted tokens, the verdict, what the host needs, nodes' features.
+
+        The host's rows: length, depth, whether logits were numbers, tokens.
+        """
+        self.nodes = tree.tokens.shape[1] - 1
+        limit = self.shape.depth if self.nodes else 0
+        ancestors = ancestor_mask(tree.parents, limit)
+        with self.clock.part("verify"):
+            logits, features = self._verify(tree, ancestors)
+        verdict, finite = self._judge(tree, logits, ancestors, limit, running, drafts)
+        if self.watch_tree:
+            self.watch_tree(tree, verdict)
+        tokens = emitted(tree, verdict)  # [B, N]
+        facts = torch.stack([verdict.length, tree.depths.amax(1), finite.long()], 1)
+        host = torch.cat([facts, tokens], 1).tolist()  # the round's one read from the device
+        return tokens, verdict, host, features
 
     def keep(self, places: list[int]) -> None:
         """Keep the rows at the given places of the batch only."""
@@ -379,15 +408,17 @@ class _Run:
         running: list[bool],
         drafts: list[Tensor],
     ) -> tuple[Verdict, Tensor]:
-        """What the target accepts, and whether each row's logits were numbers `[B]`."""
+        """What the target accepts, and whether logits were numbers where it went `[B]`."""
         if self.sampler.plain:
             picks = logits.argmax(-1)  # [B, N]
-            best = logits.gather(-1, picks[:, :, None])[..., 0]
-            return match(tree, picks, ancestors), best.isfinite().all(1)
-        finite = logits.amax(-1).isfinite().all(1)  # a NaN is its row's maximum
-        if not bool(finite.all()):
-            return match(tree, tree.tokens, ancestors), finite
-        return self.sampler.walk(tree, logits, depth, running, drafts or None), finite
+            finite = logits.gather(-1, picks[:, :, None])[..., 0].isfinite()
+            verdict = match(tree, picks, ancestors)
+        else:
+            finite = logits.amax(-1).isfinite()  # [B, N]; a NaN is its row's maximum
+            if not bool(finite.all()):
+                logits = logits.masked_fill(~finite[:, :, None], 0.0)
+            verdict = self.sampler.walk(tree, logits, depth, running, drafts or None)
+        return verdict, finite.gather(1, verdict.path).all(1)
 
     def _check_finite(self, finite: list[bool], rows: list[Tensor] | None = None) -> None:
         """Raise UserError naming layer and token if a row's logits are NaN or infinite."""
@@ -432,16 +463,27 @@ def check_prompts(
     target: Target, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
 ) -> list[Tensor]:
     """The prompts without their padding; UserError for those that cannot be answered."""
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise UserError(f"input_ids of shape {tuple(input_ids.shape)}; expected [rows, tokens]")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise UserError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} for input_ids of shape "
+            f"{tuple(input_ids.shape)}: they must be the same"
+        )
     rows = [ids[keep.bool()] for ids, keep in zip(input_ids, attention_mask, strict=True)]
     for b, row in enumerate(rows):
         if not len(row):
             raise UserError(f"prompt {b} is empty; every prompt needs at least one token")
+        least, most = int(row.min()), int(row.max())
+        if least < 0 or most >= len(target.embedding):
+            raise UserError(
+                f"prompt {b} has ids from {least} to {most}; target {target.name!r} knows those "
+                f"from 0 to {len(target.embedding) - 1}"
+            )
         if len(row) + max_new_tokens > target.context:
             raise UserError(
                 f"prompt {b} has {len(row)} tokens; with {max_new_tokens} new ones it does not fit "

@@ -293,9 +293,9 @@ class DraftHead(nn.Module):
         Raises UserError if the sizes differ, or the weights do and `allow_other_target` is not set.
         """
         wanted = (target.fingerprint, target.dtype, target.device, self.training)
+        check_target(self.config, target, allow_other_target)
         if self.bound_to == wanted:
             return self
-        check_target(self.config, target, allow_other_target)
         self.to(target.device)
         if not self.training:
             self.to(target.dtype)

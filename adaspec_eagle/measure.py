@@ -215,11 +215,16 @@ def run_units(bench: Bench, arms: Sequence[Arm], title: str) -> list[Unit]:
 
 
 def warm_up(bench: Bench, arms: Sequence[Arm]) -> dict[str, float]:
-    """Let each arm decode the longest unit once; the wall seconds of each."""
-    longest = max(bench.units(), key=lambda unit: max(len(prompt.ids) for prompt in unit))
+    """Let each arm decode the longest unit of every number of rows once; the first's seconds."""
+    by_rows: dict[int, list[Prompt]] = {}
+    for unit in sorted(bench.units(), key=lambda unit: max(len(prompt.ids) for prompt in unit)):
+        by_rows[len(unit)] = unit
+    first: dict[str, float] = {}
     with explain_out_of_memory(LESS):
-        turns = track(arms, "warming up", console=Console(stderr=True), transient=True)
-        return {arm.key: run_arm(arm, bench.target, longest).wall for arm in turns}
+        turns = [(arm, unit) for _, unit in sorted(by_rows.items(), reverse=True) for arm in arms]
+        for arm, unit in track(turns, "warming up", console=Console(stderr=True), transient=True):
+            first.setdefault(arm.key, run_arm(arm, bench.target, unit).wall)
+    return first
 
 
 def rotate(arms: Sequence[Arm], turn: int) -> list[Arm]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 ROWS = 16  # rows that the layout is made for; any number works
+SAMPLE = 256  # values by which a tensor's content is known
 ROOM = 3  # pack only where memory has this many times the model's size free
 
 
@@ -68,12 +69,27 @@ def packing(model: nn.Module) -> Packing:
 
 
 def weights_state(weights: Iterable[Tensor]) -> list[tuple]:
-    """Changes whenever one of them is replaced, moved or written to."""
-    return [(w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights]
+    """Changes whenever one of them is replaced, moved or written to.
+
+    Writes to `.data`, as those of merged adapters, are not counted by torch: on CPU they show in a
+    sample of each tensor's values.
+    """
+    return [
+        (w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version, _sample(w)) for w in weights
+    ]
+
+
+def _sample(weight: Tensor) -> float | None:
+    """The sum of some hundred values that are spread over a tensor; None off the CPU."""
+    if weight.device.type != "cpu" or not weight.numel() or not weight.is_contiguous():
+        return None
+    some = weight.detach().view(-1)[:: max(1, weight.numel() // SAMPLE)]
+    return float(some.double().sum())
 
 
 def _linear_weights(model: nn.Module) -> list[Tensor]:
-    return [m.weight for m in model.modules() if type(m) is nn.Linear]
+    layers = [m for m in model.modules() if type(m) is nn.Linear]
+    return [t for m in layers for t in (m.weight, m.bias) if t is not None]
 
 
 def _can_pack(weight: Tensor) -> bool:

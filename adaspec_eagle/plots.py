@@ -59,7 +59,7 @@ def arm_rows(reference: str = "generate") -> dict[str, Callable[[Figures], str]]
         "acceptance by depth": lambda arm: _list(arm["acceptance_by_depth"]),
         "tokens verified a round": _verified,
         "efficiency": lambda arm: f"{arm['efficiency']:.2f}" if arm.get("efficiency") else "-",
-        "rest, share of a round": _rest,
+        "outside draft and verify": _rest,
     }
     for part in ("prefill", "draft", "verify", "rest"):
         rows[f"seconds: {part}"] = seconds(part)
@@ -95,7 +95,7 @@ def _verified(arm: Figures) -> str:
 
 
 def _rest(arm: Figures) -> str:
-    """What neither the target nor the head takes, of a round of our own loop."""
+    """The share of a round of our own loop that is in neither part (their own work is in them)."""
     parts = [arm["seconds"][part] for part in ("draft", "verify", "rest")]
     return f"{parts[2] / sum(parts):.1%}" if parts[1] else "-"
 

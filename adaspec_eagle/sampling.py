@@ -7,12 +7,14 @@ decoding with trees gives token for token what sampling without a draft gives.
 Legend: B rows of the batch, A rows still walking, V vocabulary, Vd draft vocabulary, D depth.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import (
     LogitsProcessorList,
     MinLengthLogitsProcessor,
@@ -36,6 +38,8 @@ OWN_HISTORY = (
     MinNewTokensLengthLogitsProcessor,
 )
 PICK, DRAFT, ACCEPT, RESIDUAL, RETRY = range(5)  # what a random number is for; RETRY and beyond
+TRIES = 16  # draws from the whole vocabulary before a nucleus is sorted out
+LEAST_TEMPERATURE = 1e-6  # logits divided by less may leave float32
 MAX_SEED = 2**64
 
 
@@ -77,6 +81,17 @@ def check_processors(processors: LogitsProcessorList) -> None:
                 f"logits processor {type(processor).__name__} is not supported with drafting; "
                 f"supported: {known}. Leave it out, or generate without a head"
             )
+        if isinstance(processor, TemperatureLogitsWarper):
+            check_temperature(processor.temperature)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise UserError for a temperature that logits cannot be divided by."""
+    if not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise UserError(
+            f"temperature {temperature}: 0 for the most probable token, else at least "
+            f"{LEAST_TEMPERATURE:g} and finite"
+        )
 
 
 @dataclass
@@ -209,22 +224,25 @@ class Sampler:
         """The target's token `[A]`: the best, or a draw.
 
         A nucleus is drawn from without sorting the vocabulary: a draw from all tokens is kept if
-        those above it do not reach top_p, and repeated with the next number otherwise.
+        those above it do not reach top_p, and repeated with the next number otherwise; from the
+        sorted vocabulary if that fails TRIES times. Tokens that tie at the nucleus's border are all
+        in it (transformers takes some of them, as its sort happens to order them).
         """
         if not self.sample:
             return scores.argmax(-1)
         probs = scores.softmax(-1)  # [A, V]
         top_p = self._nuclei(places).to(probs.device)
         token = draw(probs, self.numbers(places, ahead))
-        purpose = RETRY
-        while True:
-            above = (probs * (probs > probs.gather(1, token[:, None]))).sum(-1)
-            again = ((top_p < 1) & (above >= top_p)).nonzero()[:, 0]
+        for purpose in range(RETRY, RETRY + TRIES + 1):
+            above = (probs * (scores > scores.gather(1, token[:, None]))).sum(-1)
+            again = ((top_p < 1) & (above > 0) & (above >= top_p)).nonzero()[:, 0]
             if not len(again):
-                return token
-            tried = self.numbers([places[a] for a in again.tolist()], ahead, purpose)
-            token[again] = draw(probs[again], tried)
-            purpose += 1
+                break
+            some = [places[a] for a in again.tolist()]
+            last = purpose == RETRY + TRIES
+            weights = self.distribution(some, scores[again]) if last else probs[again]
+            token[again] = draw(weights, self.numbers(some, ahead, purpose))
+        return token
 
     def distribution(self, places: list[int], scores: Tensor) -> Tensor:
         """What `_choose` draws from, `[A, V]` in float64."""
@@ -232,8 +250,11 @@ class Sampler:
         top_p = self._nuclei(places).to(probs.device)[:, None]
         if bool((top_p >= 1).all()):
             return probs
-        ordered, ids = probs.sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p
+        ranked, ids = scores.sort(-1, descending=True)
+        ordered = probs.gather(1, ids)
+        begins = functional.pad(ranked[:, 1:] < ranked[:, :-1], (1, 0), value=True)  # of each tie
+        above = ((ordered.cumsum(-1) - ordered) * begins).cummax(-1).values  # of all in a tie
+        outside = (above > 0) & (above >= top_p)
         probs = probs.masked_fill(outside.gather(1, ids.argsort(-1)) & (top_p < 1), 0.0)
         return probs / probs.sum(-1, keepdim=True)
 
@@ -255,8 +276,10 @@ def warpers(
     temperature: float, top_k: int | None = None, top_p: float = 1.0, min_p: float | None = None
 ) -> LogitsProcessorList:
     """transformers' own warpers in its own order; raises UserError for values out of range."""
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(f"temperature {temperature} (at least 0), top_p {top_p} (within (0, 1])")
+    if temperature != 0:
+        check_temperature(temperature)
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p {top_p}: must be within (0, 1]")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k {top_k}: must be at least 1")
     if min_p is not None and not 0 <= min_p <= 1:

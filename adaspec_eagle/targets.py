@@ -75,7 +75,7 @@ class Target:
         self.pad_token_id: int = pad if pad is not None else (self.eos_token_ids + [0])[0]
         try:
             _probe(self)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(
                 f"target {name!r} ({self.config.model_type}) does not take positions and a cache "
                 f"as decoder-only models of transformers do ({error}), which trees need"

@@ -15,7 +15,7 @@ from adaspec_eagle.tree import DraftTree
 class Verdict:
     """What one round accepts."""
 
-    path: Tensor  # [B, D + 1] nodes from the root down; past `length` any node
+    path: Tensor  # [B, D + 1] nodes from the root down; past `length` the root
     length: Tensor  # [B] nodes on the path, the root included: accepted draft tokens + 1
     bonus: Tensor  # [B] the target's own token behind the path
 

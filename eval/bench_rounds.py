@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own_costs(target, head, min(args.contexts), 4, args.tree)  # warm-up
     while min(map(len, own.values())) < args.rounds:
         for context in args.contexts:
-            costs, times = own_costs(target, head, context, args.rounds // 2, args.tree)
+            costs, times = own_costs(target, head, context, max(1, args.rounds // 2), args.tree)
             own[context] += costs
             walls[context] += times
     first = median(own[args.contexts[0]])

@@ -8,6 +8,8 @@ import torch
 from adaspec_eagle import generate
 from adaspec_eagle.auto import PATIENCE, Costs, Planner, costs_of, measure_costs
 from adaspec_eagle.draft import Auto
+from adaspec_eagle.generate import Answers, decode
+from adaspec_eagle.sampling import Row, Sampler
 from tests.test_lossless import oracle, prompts
 from tests.tiny import tiny_head, tiny_target
 
@@ -53,6 +55,39 @@ def test_probabilities_are_corrected_by_what_was_accepted():
     assert planner.trust(1) == pytest.approx(0.5 / 0.8, abs=0.06)
     assert planner.trust(2) == 1.0
     assert planner.rate == pytest.approx(1.5 / 1.02, rel=0.05)
+
+
+def test_rows_that_have_left_are_not_counted_against_drafting():
+    """What drafting brings a row, against what it would have without, stays as it was."""
+    planner = Planner(flat(draft=0.01), 4, 60)
+    scores, depths = torch.tensor([[0.9]] * 4).log(), torch.ones(4, 1, dtype=torch.long)
+    for _ in range(2 * PATIENCE):
+        planner.learn(scores, depths, [1, 1, 1, 1], 1)
+    before = planner.rate / planner.plain_rate
+    planner.keep(1)
+    assert planner.rate / planner.plain_rate == pytest.approx(before)
+    for _ in range(PATIENCE):
+        planner.learn(scores[:1], depths[:1], [1], 1)
+    assert planner.pays()
+    assert planner.rate / planner.plain_rate == pytest.approx(before, rel=0.05)
+
+
+@pytest.mark.parametrize("rows", [4, 10])
+def test_a_row_is_drafted_for_while_it_pays_whatever_becomes_of_the_others(rows):
+    """They leave the batch, or stand at rest in it, after five tokens."""
+    target = tiny_target("qwen3")
+    ids, mask = prompts(1)
+    head = oracle(target, ids, mask, depth=3)
+    prompt, shape = ids[0][mask[0].bool()], Auto(width=2, costs=flat(draft=0.02, slope=0.01))
+    tau = []
+    for count in (1, rows):
+        answers = Answers(60, frozenset(), [[] for _ in range(count)])
+        answers.stops = lambda row, answer: row in range(1, 4) and len(answer) >= 5
+        sampler = Sampler([Row(row, prompt.tolist(), len(prompt)) for row in range(count)])
+        decode(target, head.bind(target), [prompt] * count, shape, sampler, answers)
+        assert answers.by_row[0].undrafted == 0
+        tau.append(answers.by_row[0].tau)
+    assert tau[1] == pytest.approx(tau[0], rel=0.15)
 
 
 def test_drafting_that_cannot_pay_is_given_up_and_counted(monkeypatch):

@@ -116,6 +116,24 @@ def test_a_draft_that_is_right_to_a_known_depth_is_accepted_to_that_depth(depth)
     assert torch.equal(found.sequences, plain.sequences)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_a_draft_at_which_the_target_breaks_down_is_only_not_taken(temperature):
+    """NaN at one node is NaN at all of its round, which is then taken without a draft."""
+    target = tiny_target("qwen3")
+    ids, mask = prompts(1)
+    options = {"max_new_tokens": 31, "ignore_eos": True, "temperature": temperature}
+    plain = generate(target, None, ids, mask, **options)
+    head = oracle(target, ids, mask, depth=0)  # every draft is the token behind the right one
+    head.truth = [ids[0][mask[0].bool()].tolist() + plain.answers[0]]
+    seen = {token for row in head.truth for token in row}
+    drafted = {(token + 1) % VOCAB for token in plain.answers[0][1:]} - seen
+    assert drafted
+    target.model.get_input_embeddings().weight.data[list(drafted)] = float("nan")
+    found = generate(target, head, ids, mask, tree=chain(3), **options)
+    assert found.answers == plain.answers
+    assert 0 < found.stats.undrafted <= found.stats.rounds
+
+
 @pytest.mark.parametrize("tree", TREES, ids=["chain", "static", "auto", "dynamic"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_accepted_nodes_are_committed_in_ragged_rows(arch, tree):

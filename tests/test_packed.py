@@ -60,6 +60,17 @@ def test_changed_weights_are_packed_again():
 
 
 @torch.no_grad()
+def test_weights_written_to_behind_torchs_back_are_packed_again():
+    """As merged adapters are; and a bias that was replaced."""
+    model = nn.Sequential(nn.Linear(64, 32, dtype=torch.bfloat16))
+    first = packing(model)
+    model[0].weight.data += 0.5
+    second = packing(model)
+    assert second is not first
+    model[0].bias = nn.Parameter(torch.ones(32, dtype=torch.bfloat16))
+    assert packing(model) is not second
+
+
 def test_layer_used_twice_is_packed_once():
     shared = nn.Linear(8, 8)
     twins = [twin for *_, twin in packing(model_of(shared, nn.ReLU(), shared)).places]

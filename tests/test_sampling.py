@@ -10,6 +10,7 @@ from transformers import (
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    TopPLogitsWarper,
 )
 
 from adaspec_eagle import generate
@@ -285,6 +286,42 @@ def test_a_draw_never_gives_an_impossible_token():
         assert draw(weights, torch.tensor([number]).double()).item() == 1
 
 
+def nucleus(top_p: float, seed: int = 0) -> Sampler:
+    """Of one row, whose number follows from the seed."""
+    processors = LogitsProcessorList([TopPLogitsWarper(top_p)])
+    return Sampler([Row(0, [], 0, processors)], sample=True, seed=seed)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-4, 0.3, 0.9])
+def test_a_draw_from_a_nucleus_ends_and_is_within_it(top_p):
+    """Also where hardly a draw from the whole vocabulary would be: tokens of nearly one chance."""
+    scores = torch.linspace(0, 1, 3000, dtype=torch.float64)[None]
+    kept = TopPLogitsWarper(top_p)(None, scores).isfinite()
+    assert torch.equal(nucleus(top_p).distribution([0], scores) > 0, kept)
+    for seed in range(20):
+        assert kept[0, nucleus(top_p, seed)._choose([0], scores, 0)]
+
+
+def test_the_sorted_nucleus_has_the_law_of_repeated_draws(monkeypatch):
+    scores = torch.tensor([[0.0, 1.0, 2.0, 3.0, 3.5]])
+    law = nucleus(0.7).distribution([0], scores)[0]
+    for tries in (0, 1, 50):
+        monkeypatch.setattr("adaspec_eagle.sampling.TRIES", tries)
+        drawn = [int(nucleus(0.7, seed)._choose([0], scores, 0)) for seed in range(2000)]
+        shares = torch.bincount(torch.tensor(drawn), minlength=5) / 2000
+        assert (shares - law).abs().max() < 0.05
+
+
+def test_tokens_that_tie_at_the_border_are_all_in_the_nucleus():
+    """Of a draw and of the distribution that the ratio test compares with alike."""
+    scores = torch.tensor([[2.0, 0.0, 0.0, 0.0, -5.0]])
+    sampler = nucleus(0.8)
+    support = sampler.distribution([0], scores)[0] > 0
+    assert support.tolist() == [True, True, True, True, False]
+    drawn = {int(nucleus(0.8, seed)._choose([0], scores, 0)) for seed in range(300)}
+    assert drawn == {0, 1, 2, 3}
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 
@@ -292,6 +329,12 @@ def test_a_draw_never_gives_an_impossible_token():
     ("options", "named"),
     [
         ({"temperature": -0.1}, "temperature -0.1"),
+        ({"temperature": 1e-39}, "temperature 1e-39"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty inf"),
+        ({"row_keys": [1, 2]}, "row_keys"),
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask of shape"),
+        ({"tree": "chain:600"}, "no room in a context"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p 0.0"),
         ({"temperature": 1.0, "top_k": 0}, "top_k 0"),
         ({"temperature": 1.0, "min_p": 2.0}, "min_p 2.0"),

@@ -304,7 +304,10 @@ def test_heads_that_do_not_fit_are_refused_by_name(run, tmp_path):
     other = tiny_target(num_hidden_layers=4, dtype=torch.float32)
     with pytest.raises(UserError, match="allow"):
         load_head(run / "head", other)
-    assert load_head(run / "head", other, allow_other_target=True).bound_to
+    head = load_head(run / "head", other, allow_other_target=True)
+    assert head.bound_to
+    with pytest.raises(UserError, match="--allow-other-target"):
+        head.bind(other)
     with pytest.raises(UserError, match="vocabulary and hidden size"):
         load_head(run / "head", tiny_target(hidden_size=16, dtype=torch.float32))
 

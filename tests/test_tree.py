@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from adaspec_eagle import generate
 from adaspec_eagle.attention import Unrolled, additive_mask, grouped_attention
-from adaspec_eagle.draft import Drafter, Dynamic, chain, parse_shape, static_tree
+from adaspec_eagle.draft import Auto, Drafter, Dynamic, Sampled, chain, parse_shape, static_tree
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.tree import DraftTree, ancestor_mask, select_nodes
 from adaspec_eagle.verify import emitted, match
@@ -156,5 +157,19 @@ def test_unrolled_attention_equals_a_dense_mask_in_value_and_gradient(later):
 def test_unknown_shapes_are_refused(wrong):
     with pytest.raises(UserError, match="chain"):
         parse_shape(wrong)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Dynamic(nodes=0), lambda: Auto(width=0), lambda: Sampled(0), lambda: static_tree(0)],
+)
+def test_trees_without_nodes_are_refused(make):
     with pytest.raises(UserError, match="at least 1"):
-        Dynamic(nodes=0)
+        make()
+
+
+def test_a_tree_deeper_than_its_head_is_refused_before_any_work(monkeypatch):
+    target = tiny_target()
+    monkeypatch.setattr(target, "forward", None)  # would be the first work
+    with pytest.raises(UserError, match="drafts 4 tokens deep, the tree is 6 deep"):
+        generate(target, tiny_head(target, "medusa"), torch.tensor([[9, 10]]), tree="chain:6")
