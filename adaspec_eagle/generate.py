@@ -217,7 +217,7 @@ def _processors(
     if penalty != 1:
         own.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
     if least and end_ids:
-        own.append(MinNewTokensLengthLogitsProcessor(len(prompt), least, end_ids, device))
+        own.append(MinNewTokensLengthLogitsProcessor(len(prompt), least, end_ids, str(device)))
     return LogitsProcessorList([*own, *cuts]) if own else cuts
 
 
