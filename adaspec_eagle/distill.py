@@ -167,7 +167,7 @@ def target_tokens(target: Target, head: DraftHead, batch: Batch, full: bool) -> 
         for place in chunks(len(hidden), target.vocab_size):
             logits = target.logits(hidden[place])  # [R, V]
             lse[place] = logits.to(lse.dtype).logsumexp(-1)
-            argmax[place] = logits.argmax(-1)
+            argmax[place] = logits.max(-1).indices  # faster than argmax on CPU
     labels = head.to_draft(batch.input_ids[batch.rows, batch.positions + 1])
     return TargetTokens(hidden, target_output(target, head), lse, argmax, labels)
 
@@ -279,7 +279,7 @@ def _figures(head: DraftHead, objective: Objective, batch: Batch, tokens: Target
             logits = head.logits(hidden[place]).to(known.dtype)
             loss = loss_of(logits, known, target_lse=lse, labels=labels)
             shared = overlap(logits, known, target_lse=lse)
-            match = head.to_target(logits.argmax(-1)) == tokens.argmax[place]
+            match = head.to_target(logits.max(-1).indices) == tokens.argmax[place]
             found[:, step, place] = torch.stack([loss, shared, match.to(loss.dtype)])
     return found
 

@@ -410,8 +410,8 @@ class _Run:
     ) -> tuple[Verdict, Tensor]:
         """What the target accepts, and whether logits were numbers where it went `[B]`."""
         if self.sampler.plain:
-            picks = logits.argmax(-1)  # [B, N]
-            finite = logits.gather(-1, picks[:, :, None])[..., 0].isfinite()
+            best, picks = logits.max(-1)  # [B, N]; on CPU several times as fast as argmax
+            finite = best.isfinite()
             verdict = match(tree, picks, ancestors)
         else:
             finite = logits.amax(-1).isfinite()  # [B, N]; a NaN is its row's maximum
