@@ -188,6 +188,8 @@ class Planner:
     kept: list[float] = field(default_factory=list)  # by depth: what passed
 
     def __post_init__(self) -> None:
+        times = [self.costs.of_target(n + 1) for n in range(1, self.most_nodes + 1)]
+        self.verify = torch.tensor(times, dtype=torch.float64)  # with 1, 2, ... nodes
         self.seconds = PRIOR * self.costs.of_target(1)
         self.tokens = PRIOR * self.rows * 1.5
 
@@ -229,9 +231,9 @@ class Planner:
         trust = [self.trust(d) for d in range(1, int(depths.max()) + 1)]
         worth = torch.tensor([0.0, *trust], device=scores.device)[depths]
         chances = (scores.exp() * worth).sort(1, descending=True).values.sum(0)  # [M]
-        gains = (chances.cumsum(0)[: self.most_nodes] * (self.rows / len(scores))).tolist()
-        value = [g - self.rate * self.costs.of_target(n + 2) for n, g in enumerate(gains)]
-        return value.index(max(value)) + 1
+        gains = chances.cumsum(0)[: self.most_nodes].double() * (self.rows / len(scores))
+        value = gains.cpu() - self.rate * self.verify[: len(gains)]
+        return int(value.argmax()) + 1
 
     def learn(self, tree_scores: Tensor, depths: Tensor, accepted: list[int], levels: int) -> None:
         """Take in a round: scores and depths of the drafted nodes `[B, N]`, accepted tokens."""
