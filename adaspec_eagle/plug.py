@@ -1,8 +1,8 @@
 """The plug for transformers: `model.generate(**inputs, custom_generate=speculative(head))`.
 
 transformers prepares everything (config, processors, criteria, expanded rows) and calls the plug in
-place of its own loop. It withholds the streamer and the tokenizer from such a callable, so that the
-plug takes the streamer itself, and stop strings come as the criterion that transformers makes.
+place of its own loop. It withholds the streamer and the tokenizer from such a callable: the plug
+takes the streamer itself, and stop strings are given as a `StopStringCriteria`.
 """
 
 from collections.abc import Callable
@@ -131,8 +131,14 @@ def speculative(
 
     Greedy output is that of `generate` without the plug; sampled output follows the same law with
     random numbers of its own, repeated by `torch.manual_seed`. streamer: takes the text as it comes
-    (transformers does not hand its own to a plug). Beams, contrastive search, assisted generation
-    and scores or states as output are refused by name.
+    (transformers does not hand its own to a plug). Stop strings need a criterion (it does not hand
+    the tokenizer on either, and asks for one where `stop_strings` are given):
+
+        stop = StoppingCriteriaList([StopStringCriteria(tokenizer, ["Question:"])])
+        model.generate(**inputs, custom_generate=plug, stopping_criteria=stop)
+
+    Beams, contrastive search, assisted generation and scores or states as output are refused by
+    name.
     """
     return Speculative(head, tree, streamer, allow_other_target)
 

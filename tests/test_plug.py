@@ -5,12 +5,18 @@ import weakref
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from adaspec_eagle import speculative
 from adaspec_eagle.errors import UserError
 from tests.test_sampling import batch
-from tests.tiny import ARCHITECTURES, tiny_head, tiny_model, tiny_target
+from tests.tiny import ARCHITECTURES, VOCAB, tiny_head, tiny_model, tiny_target
 
 
 def setting(arch: str = "llama"):
@@ -64,6 +70,47 @@ def test_stopping_criteria_are_heeded():
     more["stopping_criteria"] = StoppingCriteriaList([AfterThree()])
     found = model.generate(ids, custom_generate=speculative(head), **more)
     assert torch.equal(found, model.generate(ids, **more))
+
+
+def test_a_row_that_a_criterion_stops_is_padded_without_an_end_token():
+    """Where no end token is set, `generate` goes on with such a row until all have stopped."""
+    model, head = setting()
+    ids, mask = batch(3)
+    more = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 20}
+    more |= {"eos_token_id": None, "stopping_criteria": StoppingCriteriaList([AfterThree()])}
+    whole = model.generate(ids, **more)
+    wanted = whole.clone()
+    wanted[1:, 12:] = 0  # both begin with three even tokens; row 0 never has three
+    assert not torch.equal(whole, wanted)
+    assert torch.equal(model.generate(ids, custom_generate=speculative(head), **more), wanted)
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of VOCAB single characters, which stop strings can be looked up in."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:VOCAB]
+    made = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def test_stop_strings_come_as_a_criterion_and_end_answers_where_generate_ends_them():
+    """transformers keeps the tokenizer from a plug, and refuses `stop_strings` without one."""
+    model, head = setting()
+    ids, mask = batch(3)
+    more = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 20}
+    whole = model.generate(ids, **more)
+    tokenizer = letters()
+    word = tokenizer.decode(whole[0, 13:15])
+    wanted = model.generate(ids, stop_strings=[word], tokenizer=tokenizer, **more)
+    assert not torch.equal(whole[0, : wanted.shape[1]], wanted[0])
+    with pytest.raises(ValueError, match="could not locate a tokenizer"):
+        model.generate(
+            ids, custom_generate=speculative(head), stop_strings=[word], tokenizer=tokenizer, **more
+        )
+    stop = StoppingCriteriaList([StopStringCriteria(tokenizer, [word])])
+    found = model.generate(ids, custom_generate=speculative(head), stopping_criteria=stop, **more)
+    assert torch.equal(found, wanted)
 
 
 def test_sampled_output_repeats_with_torchs_seed():
