@@ -82,7 +82,7 @@ class Speculative:
         if self.shape.sampled and not sample:
             raise UserError("a sampled chain needs do_sample=True; choose another tree")
         longest = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
-        limit = min([*longest, target.context]) - input_ids.shape[1]
+        limit = min(longest, default=target.context) - input_ids.shape[1]
         rows = check_prompts(target, input_ids, model_kwargs.get("attention_mask"), limit)
         self.head.bind(target, self.allow_other_target)
         seed = (

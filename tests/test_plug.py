@@ -113,6 +113,23 @@ def test_stop_strings_come_as_a_criterion_and_end_answers_where_generate_ends_th
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize(("prompt", "new"), [(515, 4), (4, 600), (500, 13)])
+def test_what_does_not_fit_the_context_is_refused_with_its_numbers(prompt, new):
+    model, head = setting()
+    ids = torch.full((1, prompt), 9)
+    with pytest.raises(UserError, match=f"{prompt} tokens; with {new} new .* context of 512"):
+        model.generate(ids, custom_generate=speculative(head), max_new_tokens=new)
+
+
+def test_a_context_may_be_filled_to_its_end():
+    model, head = setting()
+    ids = torch.full((1, 500), 9)
+    more = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    found = model.generate(ids, custom_generate=speculative(head), **more)
+    assert found.shape == (1, 512)
+    assert torch.equal(found, model.generate(ids, **more))
+
+
 def test_sampled_output_repeats_with_torchs_seed():
     model, head = setting()
     ids, mask = batch(2)
