@@ -109,8 +109,8 @@ class Speculative:
         if self.streamer is not None:
             self.streamer.end()
         self.stats = answers.stats
-        pad = generation_config.pad_token_id
-        padding = pad if isinstance(pad, int) else target.pad_token_id
+        pad = generation_config._pad_token_tensor  # as prepared: an end token where none is set
+        padding = target.pad_token_id if pad is None else int(pad)
         sequences = padded_answers(input_ids, answers.tokens, padding)
         if generation_config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]

@@ -113,6 +113,18 @@ def test_stop_strings_come_as_a_criterion_and_end_answers_where_generate_ends_th
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("ends", [[30, 40, 41, 50, 60, 2, 15, 35], 15])
+def test_a_model_without_a_pad_token_pads_as_generate_does(ends):
+    model, head = setting()
+    model.generation_config.pad_token_id = model.config.pad_token_id = None
+    ids, mask = batch(3)
+    more = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 20, "eos_token_id": ends}
+    wanted = model.generate(ids, **more)
+    padding = ends[0] if isinstance(ends, list) else ends
+    assert (wanted[:, -1] == padding).any()
+    assert torch.equal(model.generate(ids, custom_generate=speculative(head), **more), wanted)
+
+
 @pytest.mark.parametrize(("prompt", "new"), [(515, 4), (4, 600), (500, 13)])
 def test_what_does_not_fit_the_context_is_refused_with_its_numbers(prompt, new):
     model, head = setting()
