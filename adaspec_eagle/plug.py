@@ -154,12 +154,14 @@ def _check_config(config: GenerationConfig) -> None:
 
 
 def _as_target(model: Any) -> Target:
-    """The model as a Target; its mode and what it trains stay as they are."""
-    training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
+    """The model as a Target; its modules' modes and what it trains stay as they are."""
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     try:
         return Target.wrap(model, name=model.config.name_or_path or type(model).__name__)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for weight in trained:
             weight.requires_grad_(True)
 

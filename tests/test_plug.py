@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from adaspec_eagle import speculative
+from adaspec_eagle import targets as targets_module
 from adaspec_eagle.errors import UserError
 from tests.test_sampling import batch
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_head, tiny_model, tiny_target
@@ -235,6 +236,26 @@ def test_the_model_is_left_as_it_was():
     assert (set(vars(model)), model.config._attn_implementation) == before
     assert model.training
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_module_keeps_its_mode(fails, monkeypatch):
+    model, head = setting()
+    model.train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+
+    def probe(target):
+        raise UserError("probed")
+
+    plug = speculative(head)
+    if fails:
+        monkeypatch.setattr(targets_module, "_probe", probe)
+        with pytest.raises(UserError, match="probed"):
+            model.generate(batch(1)[0], custom_generate=plug, max_new_tokens=4)
+    else:
+        model.generate(batch(1)[0], custom_generate=plug, max_new_tokens=4)
+    assert [module.training for module in model.modules()] == before
 
 
 def test_nothing_keeps_the_model_alive_but_the_plug():
