@@ -71,6 +71,28 @@ class Speculative:
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What transformers' own loop would return, from drafting; raises UserError."""
+        try:
+            return self._generate(
+                model,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                model_kwargs,
+            )
+        finally:
+            if self.streamer is not None:
+                self.streamer.end()  # behind an error, too: its reader waits for it
+
+    def _generate(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> Tensor | GenerateDecoderOnlyOutput:
         _check_config(generation_config)
         past = model_kwargs.get("past_key_values")
         if past is not None and past.get_seq_length():
@@ -106,8 +128,6 @@ class Speculative:
             self.streamer.put(input_ids.cpu())
             answers.watch = _feed(self.streamer)
         decode(target, self.head, rows, self.shape, sampler, answers)
-        if self.streamer is not None:
-            self.streamer.end()
         self.stats = answers.stats
         pad = generation_config._pad_token_tensor  # as prepared: an end token where none is set
         padding = target.pad_token_id if pad is None else int(pad)

@@ -197,6 +197,24 @@ def test_a_streamer_gets_the_prompt_and_every_token_and_the_end():
     assert words.ended == 1
 
 
+def test_a_streamer_is_ended_behind_every_error():
+    """A reader of a TextIteratorStreamer waits for the end for ever."""
+    model, head = setting()
+    bad = tiny_model()
+    bad.get_input_embeddings().weight.data[10] = torch.nan
+    ids = torch.tensor([[9, 10, 11]])
+    for one, rows, more in [
+        (model, ids, {"num_beams": 3}),
+        (model, ids.expand(2, -1), {}),
+        (bad, ids, {}),
+    ]:
+        words = Words()
+        plug = speculative(head, streamer=words, allow_other_target=True)
+        with pytest.raises(UserError):
+            one.generate(rows, custom_generate=plug, max_new_tokens=4, **more)
+        assert words.ended == 1
+
+
 @pytest.mark.parametrize(
     "more",
     [
