@@ -34,6 +34,7 @@ REFUSED = {  # what a generation config may ask for and drafting does not do -> 
     "penalty_alpha": (0, 0.0, None),
     "dola_layers": (None,),
     "prompt_lookup_num_tokens": (None,),
+    "use_mtp": (False, None),
     "assistant_early_exit": (None,),
     "constraints": (None,),
     "force_words_ids": (None,),

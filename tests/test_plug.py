@@ -220,6 +220,7 @@ def test_a_streamer_is_ended_behind_every_error():
     [
         {"num_beams": 3},
         {"prompt_lookup_num_tokens": 3},
+        {"use_mtp": True},
         {"output_scores": True},
         {"no_repeat_ngram_size": 2},
         {"past_key_values": "filled"},
