@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from rich.console import Console
 from rich.text import Text
 
 from adaspec_eagle.draft import Shape
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.generate import generate
+from adaspec_eagle.generate import check_prompts, generate
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import Target
@@ -33,6 +34,11 @@ class Chat:
     stats: AcceptanceStats = field(default_factory=AcceptanceStats)
     plain_speed: float = 0.0  # tokens/s without a draft
 
+    def check(self) -> None:
+        """Raise UserError where not even a short first question could be answered."""
+        tokens = self.options.get("max_new_tokens", 1)
+        check_prompts(self.target, self.prompt("Hello"), None, tokens)
+
     def run(self, lines: Iterable[str]) -> None:
         """Answer line after line; empty ones are passed over. Ctrl-C stops an answer only."""
         for line in lines:
@@ -44,9 +50,8 @@ class Chat:
 
     def answer(self, question: str) -> None:
         """Stream the answer to one question, then a line of figures."""
+        prompt, printer = self.prompt(question), Printer(self.target, self.console)
         self.messages.append({"role": "user", "content": question})
-        prompt = torch.tensor([self.target.chat_ids(self.messages)], device=self.target.device)
-        printer = Printer(self.target, self.console)
         try:
             if self.head is not None and not self.plain_speed:
                 self.plain_speed = _speed(self._generate(prompt, None, max_new_tokens=TRIAL).stats)
@@ -59,6 +64,19 @@ class Chat:
             self.messages.pop()  # the question that could not be asked
             raise
         self.messages.append({"role": "assistant", "content": printer.text})
+
+    def prompt(self, question: str) -> torch.Tensor:
+        """Token ids `[1, T]` of the conversation with a question behind it; raises UserError."""
+        messages = [*self.messages, {"role": "user", "content": question}]
+        try:
+            ids = self.target.chat_ids(messages)
+        except TemplateError as error:
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+            raise UserError(
+                f"the chat template of target {self.target.name!r} refuses messages of the roles "
+                f"{roles}: {error}; leave out --system if there is one, or use another target"
+            ) from error
+        return torch.tensor([ids], device=self.target.device)
 
     def _generate(self, prompt: torch.Tensor, head: DraftHead | None, **more: Any):
         return generate(self.target, head, prompt, tree=self.tree, **(self.options | more))

@@ -16,9 +16,10 @@ from rich.console import Console
 
 from adaspec_eagle.bench import HeadChoice, find_head, positive
 from adaspec_eagle.chat import Chat
-from adaspec_eagle.draft import parse_shape
-from adaspec_eagle.errors import run_main
+from adaspec_eagle.draft import Shape, parse_shape
+from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.head import load_head
+from adaspec_eagle.sampling import Sampler, warpers
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
 
 
@@ -59,10 +60,20 @@ def lines(console: Console) -> Iterator[str]:
         yield line
 
 
+def check(args: argparse.Namespace) -> Shape:
+    """The tree; raises UserError for options out of range."""
+    shape = parse_shape(args.tree)
+    if shape.sampled and args.temperature == 0:
+        raise UserError(f"--tree {args.tree} samples its drafts: give a --temperature above 0")
+    warpers(args.temperature, top_p=args.top_p)
+    Sampler([], seed=args.seed)
+    return shape
+
+
 def main(argv: list[str] | None = None) -> int:
     """Load, then answer until the input ends."""
     args = parser().parse_args(argv)
-    shape, console = parse_shape(args.tree), Console(highlight=False)
+    shape, console = check(args), Console(highlight=False)
     target = Target.load(args.target, dtype=args.dtype)
     console.print(describe(target), style="dim", markup=False)
     head = None
@@ -78,7 +89,9 @@ def main(argv: list[str] | None = None) -> int:
         "allow_other_target": args.allow_other_target,
     }
     messages = [{"role": "system", "content": args.system}] if args.system else []
-    Chat(target, head, shape, console, options, messages).run(lines(console))
+    chat = Chat(target, head, shape, console, options, messages)
+    chat.check()
+    chat.run(lines(console))
     return 0
 
 

@@ -10,6 +10,7 @@ from adaspec_eagle import chat as chat_module
 from adaspec_eagle import generate
 from adaspec_eagle.chat import Chat
 from adaspec_eagle.draft import Dynamic
+from adaspec_eagle.errors import run_main
 from scripts import chat as chat_script
 from tests.tiny import tiny_head, tiny_target, tiny_target_folder
 
@@ -66,6 +67,51 @@ def test_a_conversation_that_fills_the_context_says_so_and_goes_on():
     chat.run(["w3\n"])
     assert "context" in out.getvalue()
     assert chat.messages == []
+
+
+def test_a_question_that_the_template_refuses_is_an_error_and_is_forgotten():
+    chat, out = session(False)
+    chat.target.tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    chat.run(["w3\n"])
+    assert "no such role" in out.getvalue()
+    assert "tiny-llama" in out.getvalue()
+    assert chat.messages == []
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--temperature", "-1"], "temperature -1"),
+        (["--top-p", "2"], "top_p 2"),
+        (["--seed", "-3"], "seed -3"),
+        (["--tree", "sampled:3"], "sampled:3"),
+        (["--tree", "shrub"], "shrub"),
+    ],
+)
+def test_bad_options_end_the_script_before_anything_is_loaded(words, named, monkeypatch, capsys):
+    monkeypatch.setattr(chat_script.Target, "load", None)
+    assert run_main(chat_script.main, words) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["--system", "w3"], "no system role"), (["--max-new-tokens", "600"], "context of 512")],
+)
+def test_what_no_question_could_mend_ends_the_script_at_once(
+    words, named, tmp_path, monkeypatch, capsys
+):
+    folder = tiny_target_folder(tmp_path / "target")
+    target = chat_script.Target.load(folder, dtype="float32")
+    refuse = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    )
+    target.tokenizer.chat_template = refuse + target.tokenizer.chat_template
+    target.tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w3 w4\nw5\n"))
+    command = ["--target", folder, "--no-draft", "--dtype", "float32", *words]
+    assert run_main(chat_script.main, command) == 2
+    assert named in capsys.readouterr().err
 
 
 def test_the_script_answers_a_pipe(tmp_path, monkeypatch, capsys):
