@@ -18,7 +18,8 @@ from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import Target
 
 DRAFTED = "green"
-TRIAL = 16  # tokens decoded without a draft, once, to have a speed to compare with
+WARM_UP = 2  # tokens decoded once with the head and without: packs weights, measures costs
+TRIAL = 16  # tokens decoded without a draft behind that, to have a speed to compare with
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Chat:
     options: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, str]] = field(default_factory=list)
     stats: AcceptanceStats = field(default_factory=AcceptanceStats)
-    plain_speed: float = 0.0  # tokens/s without a draft
+    plain_speed: float = 0.0  # tokens/s without a draft; 0: not known yet
 
     def check(self) -> None:
         """Raise UserError where not even a short first question could be answered."""
@@ -54,7 +55,7 @@ class Chat:
         self.messages.append({"role": "user", "content": question})
         try:
             if self.head is not None and not self.plain_speed:
-                self.plain_speed = _speed(self._generate(prompt, None, max_new_tokens=TRIAL).stats)
+                self.plain_speed = self._measure(prompt)
             begin = time.perf_counter()
             made = self._generate(prompt, self.head, watch=printer.watch)
             self._report(made.stats, time.perf_counter() - begin)
@@ -78,6 +79,15 @@ class Chat:
             ) from error
         return torch.tensor([ids], device=self.target.device)
 
+    def _measure(self, prompt: torch.Tensor) -> float:
+        """Tokens/s without a draft, all being warm; 0 if answers are too short to have a speed."""
+        speed = 0.0
+        for head, tokens in ((None, WARM_UP), (self.head, WARM_UP), (None, TRIAL)):
+            most = min(tokens, self.options.get("max_new_tokens", tokens))
+            made = self._generate(prompt, head, max_new_tokens=most, ignore_eos=True)
+            speed = _speed(made.stats)
+        return speed
+
     def _generate(self, prompt: torch.Tensor, head: DraftHead | None, **more: Any):
         return generate(self.target, head, prompt, tree=self.tree, **(self.options | more))
 
@@ -85,9 +95,10 @@ class Chat:
         self.stats += stats
         figures = [f"{stats.new_tokens} tokens", f"{stats.new_tokens / wall:.1f} tokens/s"]
         if self.head is not None:
-            speedup = _speed(self.stats) / self.plain_speed if self.plain_speed else 0.0
             figures = [f"tau {stats.tau:.2f}", *figures, f"so far tau {self.stats.tau:.2f}"]
-            figures.append(f"{speedup:.2f} times the decoding speed without a draft")
+            if self.plain_speed and self.stats.tokens:
+                speedup = _speed(self.stats) / self.plain_speed
+                figures.append(f"{speedup:.2f} times the decoding speed without a draft")
         self.console.print("\n" + ", ".join(figures), style="dim", highlight=False)
 
 

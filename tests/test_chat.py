@@ -69,6 +69,47 @@ def test_a_conversation_that_fills_the_context_says_so_and_goes_on():
     assert chat.messages == []
 
 
+def test_the_speed_without_a_draft_is_measured_when_everything_is_warm(monkeypatch):
+    """The first decode of a process packs weights: 7 s where the next one took 0.5 s."""
+    chat, out = session(True)
+    warm = set()
+
+    def slow_at_first(target, head, *args, **more):
+        made = generate(target, head, *args, **more)
+        if head not in warm:
+            made.stats.seconds["verify"] += 1e6
+        warm.add(head)
+        return made
+
+    monkeypatch.setattr(chat_module, "generate", slow_at_first)
+    chat.run(["w3 w4 w5\n"])
+    assert chat.plain_speed > 1e-3
+    assert chat.stats.seconds["verify"] < 1e6
+    assert "times the decoding speed" in out.getvalue()
+
+
+def test_a_target_that_says_one_token_only_still_has_a_speed_and_no_ratio_is_made_up():
+    chat, out = session(True, max_new_tokens=30)
+    first = generate(chat.target, None, chat.prompt("w3"), max_new_tokens=1).answers[0]
+    chat.target.eos_token_ids = first
+    chat.run(["w3\n"])
+    assert chat.plain_speed > 0
+    assert "1 tokens" in out.getvalue()
+    assert "times" not in out.getvalue()
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_prompt_that_just_fits_is_answered_with_a_head_and_without(most):
+    for head in (True, False):
+        chat, out = session(head, max_new_tokens=most)
+        room = 512 - most - chat.prompt("").shape[1]
+        question = " ".join(["w3"] * room)
+        assert chat.prompt(question).shape[1] + most == 512
+        chat.run([question])
+        assert "error" not in out.getvalue()
+        assert "0.00 times" not in out.getvalue()
+
+
 def test_a_question_that_the_template_refuses_is_an_error_and_is_forgotten():
     chat, out = session(False)
     chat.target.tokenizer.chat_template = "{{ raise_exception('no such role') }}"
