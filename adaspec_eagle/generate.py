@@ -424,7 +424,8 @@ class _Run:
         """Raise UserError naming layer and token if a row's logits are NaN or infinite."""
         for place, fine in enumerate(finite):
             if not fine:
-                ids = self.sampler.rows[place].history if rows is None else rows[place].tolist()
+                row = self.sampler.rows[place]  # its history may begin with padding
+                ids = row.history[-row.position :] if rows is None else rows[place].tolist()
                 raise UserError(where_not_finite(self.target, ids))
 
     def _commit(
