@@ -75,5 +75,5 @@ def test_a_draft_is_as_deep_as_there_are_heads():
             shallow = tiny_head(target, "medusa", steps=blocks)
             found = generate(target, shallow, ids, tree=tree, max_new_tokens=12)
             assert found.stats.depth <= blocks
-    with pytest.raises(UserError, match="2 blocks"):
+    with pytest.raises(UserError, match="drafts 2 tokens deep"):
         generate(target, head, ids, tree=chain(3), max_new_tokens=12)
