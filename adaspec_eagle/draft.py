@@ -126,8 +126,8 @@ def check_shape(shape: Shape, head: DraftHead, context: int) -> None:
         )
     if isinstance(shape, Static | Sampled) and shape.depth > (head.deepest or shape.depth):
         raise UserError(
-            f"this head drafts {head.deepest} tokens deep, the tree is {shape.depth} deep: ask for a "
-            "smaller one"
+            f"this head drafts {head.deepest} tokens deep, the tree is {shape.depth} deep: ask for "
+            "a smaller one"
         )
 
 
