@@ -92,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = speedup_result(bench, args, arms, units) | {"baselines": others.facts}
     result["compiled"] = made if args.compile else None
     result["definitions"] = result["definitions"] | baselines.DEFINITIONS | foreign.DEFINITIONS
+    if args.out:  # what was timed; where answers differ takes its time to find out
+        write_json(args.out / "result.json", result)
     for key, arm in result["arms"].items():
         arm |= agreement(bench.target, units, key)
     show(console, result)
