@@ -6,6 +6,7 @@ takes the streamer itself, and stop strings are given as a `StopStringCriteria`.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -45,6 +46,20 @@ REFUSED = {  # what a generation config may ask for and drafting does not do -> 
 }
 
 
+def _ending_the_streamer(call: Callable[..., Any]) -> Callable[..., Any]:
+    """End the plug's streamer behind a call, and behind an error: its reader waits for it."""
+
+    @wraps(call)
+    def ending(self: "Speculative", *arguments: Any, **more: Any) -> Any:
+        try:
+            return call(self, *arguments, **more)
+        finally:
+            if self.streamer is not None:
+                self.streamer.end()
+
+    return ending
+
+
 class Speculative:
     """A `custom_generate` callable; `stats` has the counts of its last call."""
 
@@ -62,6 +77,7 @@ class Speculative:
         self.stats = AcceptanceStats()
         self.target: Target | None = None  # the model of the last call
 
+    @_ending_the_streamer
     def __call__(
         self,
         model: Any,
@@ -72,28 +88,6 @@ class Speculative:
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What transformers' own loop would return, from drafting; raises UserError."""
-        try:
-            return self._generate(
-                model,
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                model_kwargs,
-            )
-        finally:
-            if self.streamer is not None:
-                self.streamer.end()  # behind an error, too: its reader waits for it
-
-    def _generate(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-    ) -> Tensor | GenerateDecoderOnlyOutput:
         _check_config(generation_config)
         past = model_kwargs.get("past_key_values")
         if past is not None and past.get_seq_length():
