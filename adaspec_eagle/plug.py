@@ -99,7 +99,13 @@ class Speculative:
         if self.shape.sampled and not sample:
             raise UserError("a sampled chain needs do_sample=True; choose another tree")
         longest = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
-        limit = min(longest, default=target.context) - input_ids.shape[1]
+        end, length = min(longest, default=target.context), input_ids.shape[1]
+        if end <= length:
+            raise UserError(
+                f"a text of at most {end} tokens leaves nothing to generate behind a prompt of "
+                f"{length}: raise max_length, or shorten the prompt"
+            )
+        limit = end - length
         rows = check_prompts(target, input_ids, model_kwargs.get("attention_mask"), limit)
         self.head.bind(target, self.allow_other_target)
         seed = (

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    MaxLengthCriteria,
     PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -132,6 +133,13 @@ def test_what_does_not_fit_the_context_is_refused_with_its_numbers(prompt, new):
     ids = torch.full((1, prompt), 9)
     with pytest.raises(UserError, match=f"{prompt} tokens; with {new} new .* context of 512"):
         model.generate(ids, custom_generate=speculative(head), max_new_tokens=new)
+
+
+def test_a_length_that_the_prompt_has_already_is_refused():
+    model, head = setting()
+    ids, stop = torch.full((1, 10), 9), StoppingCriteriaList([MaxLengthCriteria(10)])
+    with pytest.raises(UserError, match="at most 10 tokens .* prompt of 10"):
+        model.generate(ids, custom_generate=speculative(head), stopping_criteria=stop)
 
 
 def test_a_context_may_be_filled_to_its_end():
