@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 GROUPED = "adaspec_grouped"
 FEW_QUERIES = 64  # above this many query tokens the stock kernel is as fast, and needs less memory
+QUERY_BLOCK = 32  # queries that torch's fused kernel for CPU works on at a time
 
 
 @dataclass(frozen=True)
@@ -76,27 +78,53 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Attention in which the query heads of a group share their keys without a copy of them.
 
-    query `[B, Hq, N, D]`, key and value `[B, Hk, T, D]`, additive mask `[B, 1, N, T]`. The stock
-    path repeats keys and values Hq / Hk times and runs a kernel made for many queries; for a few
-    queries two batched products are several times as fast on CPU. The softmax is in float32 (or
-    float64 for float64 input). Without a mask, or for more than FEW_QUERIES tokens, this is the
-    stock path. Returns `[B, N, Hq, D]`, as transformers' attention functions do.
+    query `[B, Hq, N, D]`, key and value `[B, Hk, T, D]`, additive mask `[B, 1, N, T]`. Under a mask
+    transformers' own path copies keys and values Hq / Hk times. torch's fused kernel for CPU takes
+    them as they are; elsewhere these are two batched products. The softmax is in float32 (or
+    float64 for float64 input). Without a mask, and off the CPU for more than FEW_QUERIES tokens,
+    this is the stock path. Returns `[B, N, Hq, D]`, as transformers' attention functions do.
     """
-    b, hq, n, d = query.shape
     if isinstance(attention_mask, Unrolled):
         return unrolled_attention(query, key, value, attention_mask, scaling), None
-    if attention_mask is None or n > FEW_QUERIES or dropout:
+    on_cpu = query.device.type == "cpu"
+    many = query.shape[2] > FEW_QUERIES and not on_cpu
+    if attention_mask is None or dropout or many:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attend = by_fused_kernel if on_cpu else by_products
+    return attend(query, key, value, attention_mask, scale).transpose(1, 2), None
+
+
+def by_fused_kernel(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """`grouped_attention` in one call of torch's kernel for CPU: `[B, Hq, N, D]`.
+
+    Queries too few to fill one of the kernel's blocks stand beside the others of their group.
+    """
+    b, hq, n, d = query.shape
+    hk = key.shape[1]
+    if 1 < n < QUERY_BLOCK:
+        query = query.reshape(b, hk, -1, d)  # [B, Hk, G N, D]
+        mask = torch.cat([mask] * (hq // hk), dim=2)
+    out = functional.scaled_dot_product_attention(
+        query, key, value, mask, scale=scale, enable_gqa=True
+    )
+    return out.reshape(b, hq, n, d)
+
+
+def by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """`grouped_attention` as two batched products and a softmax: `[B, Hq, N, D]`."""
+    b, hq, n, d = query.shape
     hk, t = key.shape[1], key.shape[2]
-    scale = d**-0.5 if scaling is None else scaling
     folded = (query * scale).reshape(b * hk, (hq // hk) * n, d)  # [B Hk, G N, D]
     scores = torch.matmul(folded, key.flatten(0, 1).transpose(1, 2))  # [B Hk, G N, T]
-    scores = scores.view(b, hq, n, t) + attention_mask
+    scores = scores.view(b, hq, n, t) + mask
     weights = scores.softmax(-1, dtype=exact_dtype(query.dtype)).to(value.dtype)
     out = torch.matmul(weights.view(b * hk, (hq // hk) * n, t), value.flatten(0, 1))
-    return out.view(b, hq, n, d).transpose(1, 2), None
+    return out.view(b, hq, n, d)
 
 
 def unrolled_attention(

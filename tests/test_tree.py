@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from adaspec_eagle import generate
-from adaspec_eagle.attention import Unrolled, additive_mask, grouped_attention
+from adaspec_eagle.attention import (
+    Unrolled,
+    additive_mask,
+    by_fused_kernel,
+    by_products,
+    grouped_attention,
+)
 from adaspec_eagle.draft import Auto, Drafter, Dynamic, Sampled, chain, parse_shape, static_tree
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.tree import DraftTree, ancestor_mask, select_nodes
@@ -118,15 +124,17 @@ def test_accepts_never_sometimes_always(agree):
     assert verdict.length.tolist() == [agree + 1]
 
 
-@pytest.mark.parametrize("queries", [1, 5])
-def test_grouped_attention_equals_the_stock_kernel(queries):
+@pytest.mark.parametrize("attend", [by_fused_kernel, by_products])
+@pytest.mark.parametrize("queries", [1, 5, 40])
+def test_attention_of_groups_equals_attention_over_repeated_keys(attend, queries):
     torch.manual_seed(0)
     query = torch.randn(2, 6, queries, 8, dtype=torch.float64)
     key, value = torch.randn(2, 2, 2, 11, 8, dtype=torch.float64)
     mask = additive_mask(torch.rand(2, queries, 11) > 0.3, torch.float64)
-    found, _ = grouped_attention(torch.nn.Module(), query, key, value, mask)
     wide = [x.repeat_interleave(3, dim=1) for x in (key, value)]
     wanted = torch.nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=mask)
+    torch.testing.assert_close(attend(query, key, value, mask, 8**-0.5), wanted)
+    found, _ = grouped_attention(torch.nn.Module(), query, key, value, mask)
     torch.testing.assert_close(found, wanted.transpose(1, 2))
 
 
