@@ -58,7 +58,7 @@ def head_call(head: DraftHead, compiled: bool = False) -> Call:
     ) -> tuple[Tensor, Tensor]:
         with packed.active():
             hidden = head(hidden, tokens, positions, mask, cache, step)
-        return hidden, head.logits(hidden)  # reads the output rows themselves, packed or not
+            return hidden, head.logits(hidden)
 
     return call
 

@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import (
 from adaspec_eagle.attention import GROUPED, Unrolled, register
 from adaspec_eagle.card import model_card, publishable, target_licence
 from adaspec_eagle.errors import UserError
+from adaspec_eagle.packed import Projection
 from adaspec_eagle.paths import replace_folder
 from adaspec_eagle.plugins import module_of
 from adaspec_eagle.published import from_layout, is_ours
@@ -151,6 +152,7 @@ class DraftHead(nn.Module):
         self.config = config
         self.compiled: dict = {}  # what compiled.py made of it
         self.bound_to: tuple | None = None  # weights, dtype and device of the rows borrowed
+        self.projection = Projection()
         nan = torch.full((1, config.hidden_size), float("nan"))
         self.register_buffer("embed_rows", nan, persistent=False)  # [V, H] once bound
         self.register_buffer("output_bias", None, persistent=False)  # [Vd] once bound
@@ -232,7 +234,7 @@ class DraftHead(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """The output rows, and the bias where there is one: `[..., H]` -> `[..., Vd]`."""
-        return functional.linear(hidden, self.output_weight, self.logit_bias)
+        return self.projection(hidden, self.output_weight, self.logit_bias)
 
     @property
     def output_weight(self) -> Tensor:

@@ -12,38 +12,93 @@ from weakref import WeakKeyDictionary
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 ROWS = 16  # rows that the layout is made for; any number works
 SAMPLE = 256  # values by which a tensor's content is known
 ROOM = 3  # pack only where memory has this many times the model's size free
 
 
-class PackedLinear(nn.Module):
-    """`nn.Linear` over a packed copy of its weight; without gradients."""
+# Layers of a module that are given the same input, one after the other, by their names in it.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-    def __init__(self, linear: nn.Linear) -> None:
+
+class Projection(nn.Module):
+    """A linear layer whose weight and bias are its owner's `output_weight` and `logit_bias`."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        return functional.linear(x, weight, bias)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over a packed copy of its weight; without gradients."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.bias = linear.bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
+        self.bias = bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+
+    def forward(self, x: Tensor, *_: Tensor | None) -> Tensor:
+        """`[..., in]` -> `[..., out]`; a Projection's further arguments are what was packed."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class Together:
+    """Linear layers that are given the same input, as one product.
+
+    The first of them that sees an input computes all; the others, given the same tensor, take what
+    is theirs. Each result is given once, so that none is taken for that of a later call.
+    """
+
+    def __init__(self, layers: list[nn.Linear]) -> None:
+        biases = [layer.bias for layer in layers]
+        bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
+        self.whole = PackedLinear(torch.cat([layer.weight.detach() for layer in layers]), bias)
+        self.sizes = [layer.out_features for layer in layers]
+        self.input: Tensor | None = None
+        self.ready: dict[int, Tensor] = {}  # results that nobody has asked for yet
+
+    def take(self, index: int, x: Tensor) -> Tensor:
+        """The result of layer `index` for x."""
+        if x is not self.input or index not in self.ready:
+            self.input = x
+            self.ready = dict(enumerate(self.whole(x).split(self.sizes, dim=-1)))
+        mine = self.ready.pop(index)
+        if not self.ready:
+            self.input = None
+        return mine
+
+
+class Part(nn.Module):
+    """One of several layers that are computed together."""
+
+    def __init__(self, together: Together, index: int) -> None:
+        super().__init__()
+        self.together, self.index = together, index
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in]` -> `[..., out]`."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        """`[..., in]` -> `[..., out]`, a view of all results."""
+        return self.together.take(self.index, x)
 
 
 class Packing:
     """Packed twins of a model's linear layers, which stand in for them inside `active` only."""
 
     def __init__(self, model: nn.Module) -> None:
-        twins: dict[nn.Module, PackedLinear] = {}
         self.state = weights_state(_linear_weights(model))
         self.places = []  # (the parent's children, name, the layer, its twin)
+        twins: dict[tuple[int, int], nn.Module] = {}  # by the weight and bias
         for parent in model.modules() if _fits(model) else ():
+            merged = _merged(parent)
             for name, child in parent._modules.items():
-                if type(child) is nn.Linear and _can_pack(child.weight):
-                    if child not in twins:
-                        twins[child] = PackedLinear(child)
-                    self.places.append((parent._modules, name, child, twins[child]))
+                owned = _weights(parent, child)
+                if owned is None or not _can_pack(owned[0]):
+                    continue
+                key = (id(owned[0]), id(owned[1]))
+                if key not in twins:
+                    twins[key] = merged.get(name) or PackedLinear(*owned)
+                self.places.append((parent._modules, name, child, twins[key]))
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -88,8 +143,30 @@ def _sample(weight: Tensor) -> float | None:
 
 
 def _linear_weights(model: nn.Module) -> list[Tensor]:
-    layers = [m for m in model.modules() if type(m) is nn.Linear]
-    return [t for m in layers for t in (m.weight, m.bias) if t is not None]
+    found = [_weights(p, child) for p in model.modules() for child in p._modules.values()]
+    return [t for owned in found if owned for t in owned if t is not None]
+
+
+def _weights(parent: nn.Module, child: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear layer; None for other modules."""
+    if type(child) is nn.Linear:
+        return child.weight, child.bias
+    if type(child) is Projection:
+        return parent.output_weight, parent.logit_bias  # type: ignore[return-value]
+    return None
+
+
+def _merged(parent: nn.Module) -> dict[str, Part]:
+    """Twins of those children that are computed together, by name."""
+    found: dict[str, Part] = {}
+    for names in TOGETHER:
+        layers = [parent._modules.get(name) for name in names]
+        linear = [layer for layer in layers if type(layer) is nn.Linear and _can_pack(layer.weight)]
+        alike = len({(layer.in_features, layer.bias is None) for layer in linear}) == 1
+        if len(linear) == len(names) and len(set(linear)) == len(names) and alike:
+            together = Together(linear)
+            found |= {name: Part(together, index) for index, name in enumerate(names)}
+    return found
 
 
 def _can_pack(weight: Tensor) -> bool:

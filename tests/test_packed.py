@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adaspec_eagle import generate
-from adaspec_eagle.packed import PackedLinear, _can_pack, packing
+from adaspec_eagle.packed import PackedLinear, Part, _can_pack, packing
 from tests.tiny import tiny_head, tiny_target
 
 if not _can_pack(torch.zeros(1, dtype=torch.bfloat16)):
@@ -35,6 +35,64 @@ def test_packed_product_is_the_plain_one_within_rounding(rows, bias):
     scale = wanted.abs().max()
     assert got.dtype == torch.bfloat16
     assert (got.double() - wanted).abs().max() < 2**-8 * scale
+
+
+class Attention(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(64, n, bias=bias) for n in (64, 32, 32))
+
+    def forward(self, x: torch.Tensor, order: str) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, f"{name}_proj")(x) for name in order}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("order", ["qkv", "vqk", "k"])
+@torch.no_grad()
+def test_layers_of_one_input_are_computed_together_in_any_order(bias, order):
+    model = model_of(Attention(bias))[0]
+    first, second = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    for x in (first, second, second):  # nothing of one input is given for another
+        wanted = model(x, order)
+        with packing(model).active():
+            assert type(model.q_proj) is Part
+            got = model(x, order)
+        for name in order:
+            torch.testing.assert_close(got[name], wanted[name], atol=0.02, rtol=0.01)
+
+
+@torch.no_grad()
+def test_a_result_is_given_once():
+    """So that an input which was written to in between is not answered with old results."""
+    model = model_of(Attention(False))[0]
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    with packing(model).active():
+        model.k_proj(x)
+        x.zero_()
+        assert not model.k_proj(x).any()
+        model.q_proj(x), model.v_proj(x)
+        assert model.q_proj.together.input is None
+
+
+@torch.no_grad()
+def test_layers_that_differ_in_form_stand_alone():
+    model = model_of(Attention(False))[0]
+    model.k_proj = nn.Linear(64, 32, bias=True, dtype=torch.bfloat16)
+    with packing(model).active():
+        assert type(model.q_proj) is PackedLinear
+
+
+@torch.no_grad()
+def test_output_rows_of_a_head_are_packed_and_packed_again():
+    head = tiny_head(tiny_target(dtype=torch.bfloat16))
+    hidden = torch.randn(3, head.config.hidden_size, dtype=torch.bfloat16)
+    before = head.logits(hidden)
+    with packing(head).active():
+        assert isinstance(head.projection, PackedLinear)
+        torch.testing.assert_close(head.logits(hidden), before, atol=0.02, rtol=0.01)
+    head.output_rows.mul_(2)
+    with packing(head).active():
+        torch.testing.assert_close(head.logits(hidden), 2 * before, atol=0.04, rtol=0.01)
 
 
 @torch.no_grad()
