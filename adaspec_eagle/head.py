@@ -7,7 +7,7 @@ import importlib
 import json
 import pkgutil
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -516,6 +516,17 @@ def build_head(config: HeadConfig, state: dict[str, Tensor], path: Path) -> Draf
     head.to(floats[0]).load_state_dict(state)
     _check_vocab_map(head, path)
     return head.eval()
+
+
+def with_vocab(head: DraftHead, ids: Tensor) -> DraftHead:
+    """An unbound copy of a head that borrows its output rows, for draft vocabulary `ids` `[Vd]`."""
+    made = head_class(head.config.head)(replace(head.config, draft_vocab_size=len(ids)))
+    maps = ("d2t", "t2d")
+    made.load_state_dict(
+        {name: t.cpu() for name, t in head.state_dict().items() if name not in maps}, strict=False
+    )
+    made.set_draft_vocab(ids)
+    return made
 
 
 def _check_vocab_map(head: DraftHead, path: Path) -> None:

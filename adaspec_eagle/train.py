@@ -22,7 +22,14 @@ from adaspec_eagle.distill import AnswerSet, Distiller, Objective
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.feature_store import INDEX
 from adaspec_eagle.features import MODES, choose_mode, row_width
-from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new_head
+from adaspec_eagle.head import (
+    DraftHead,
+    HeadConfig,
+    head_class,
+    load_head,
+    new_head,
+    with_vocab,
+)
 from adaspec_eagle.losses import loss_terms
 from adaspec_eagle.onpolicy import OnPolicy
 from adaspec_eagle.optim import OPTIMIZERS
@@ -68,6 +75,7 @@ class TrainConfig:
     keep: str = "0.4"
     reference: str | None = None  # folder of a reference head to use instead of training one
     init: str | None = None  # folder of a head to start the draft head from
+    fresh_vocab: bool = False  # count the draft vocabulary of --init anew, from the data
     start: str = "target"  # fresh weights: the target's last layer where it fits, or random
     head: str = "eagle3"
     unroll: int | None = None  # None: what the head asks for
@@ -144,6 +152,8 @@ class TrainConfig:
             raise UserError(
                 "--train-output and --start are for fresh heads; --init goes on with one as it is"
             )
+        if self.fresh_vocab and not self.init:
+            raise UserError("--fresh-vocab is for --init; a fresh head's is counted anyway")
 
     def _check_on_policy(self) -> None:
         flag = f"--on-policy {self.on_policy:g}"
@@ -283,7 +293,14 @@ def _given_heads(config: TrainConfig, target: Target) -> dict[str, DraftHead]:
                 f"--{name} {named[name]} reads hidden states {head.config.feature_layers}, a "
                 f"{config.head} head reads {layers}; give a head that reads the same"
             )
-    if len(found) == 2 and not _same_vocab(found["reference"], found["init"]):
+    own = init is not None and (init.config.train_output or init.config.lm)
+    if config.fresh_vocab and own:
+        raise UserError(f"--fresh-vocab: head {config.init} has output rows of its own")
+    if (
+        len(found) == 2
+        and not config.fresh_vocab
+        and not _same_vocab(found["reference"], found["init"])
+    ):
         raise UserError("--reference and --init differ in draft vocabulary; drop one")
     return found
 
@@ -334,7 +351,8 @@ def _prepare(
     target = workshop.target
     with main_first():
         config.data = config.data or [str(_self_written(config, target, out))]
-    fixed = next(iter(given.values()), None)  # a given head brings its vocabulary along
+    # A given head brings its vocabulary along.
+    fixed = given.get("reference", None if config.fresh_vocab else given.get("init"))
     if fixed is not None:
         config.draft_vocab = fixed.config.draft_vocab_size
     fixed_ids = None if fixed is None else fixed.draft_ids
@@ -525,6 +543,8 @@ def _fresh_head(job: Job, name: str) -> DraftHead:
     config, target = job.config, job.target
     if config.init and name == "head":
         head = load_head(config.init, target)
+        if config.fresh_vocab:
+            head = with_vocab(head, job.data.vocab)
     else:
         head = new_head(job.sizes, config.seed)
         head.set_draft_vocab(job.data.vocab)

@@ -29,6 +29,7 @@ HELP = {
     "keep": "the fraction k of tokens that a selection trains on",
     "reference": "folder of a reference head to use instead of training one",
     "init": "folder of a head to start the draft head from",
+    "fresh_vocab": "count the draft vocabulary of --init anew, from the data",
     "head": "eagle1, eagle3, medusa; lm:NAME, a small LM of the same tokenizer; lm:layers=4, the "
     "target's first layers; a dotted module or a path.py",
     "unroll": "training steps on the head's own hidden states (eagle3 3, eagle1 1); medusa: "

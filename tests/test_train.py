@@ -188,6 +188,22 @@ def test_a_given_reference_brings_its_draft_vocabulary_along(folder, run, tmp_pa
         run_training(wrong, tmp_path / "wrong")
 
 
+def test_an_initial_head_takes_a_vocabulary_counted_anew(folder, run, tmp_path):
+    other = answers_file(tmp_path / "other.jsonl", records=12)
+    settings = {"data": [other], "draft_vocab": 30, "method": "distillspec", "epochs": 0.1}
+    started = options(
+        folder, **settings, init=str(run / "head"), fresh_vocab=True, lr=1e-9, optimizer="adamw"
+    )
+    head = load_head(run_training(started, tmp_path / "started"))
+    fresh = load_head(run_training(options(folder, **settings), tmp_path / "fresh"))
+    assert torch.equal(head.draft_ids, fresh.draft_ids)
+    before, after = load_head(run / "head").state_dict(), head.state_dict()
+    for name in before.keys() - {"d2t", "t2d"}:
+        torch.testing.assert_close(after[name], before[name], atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="--fresh-vocab is for --init"):
+        options(folder, fresh_vocab=True)
+
+
 def test_a_vocabulary_that_a_head_brought_along_is_not_the_next_runs(folder, run, tmp_path):
     """Several runs of one process share their data: a plain run after one with --reference."""
     other = answers_file(tmp_path / "other.jsonl", records=12)
