@@ -39,13 +39,17 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a boolean mask `[B, N, T]` (True = may look) into an additive one `[B, 1, N, T]`.
+    """Turn a boolean mask `[B, N, T]` (True = may look) into an additive one `[B, 1, N, T]`."""
+    return hide(torch.zeros_like(allowed, dtype=dtype)[:, None], allowed)
+
+
+def hide(mask: Tensor, allowed: Tensor) -> Tensor:
+    """Hide in an additive mask `[B, 1, N, T]`, in place, what a boolean one `[B, N, T]` forbids.
 
     The only place where masks become numbers: a boolean 4-D mask is silently wrong with eager
     attention.
     """
-    zero = torch.zeros((), dtype=dtype, device=allowed.device)
-    return torch.where(allowed, zero, torch.finfo(dtype).min)[:, None]  # [B, 1, N, T]
+    return mask.masked_fill_(~allowed[:, None], torch.finfo(mask.dtype).min)
 
 
 def tree_mask(lengths: Tensor, start: int, ancestors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,11 +62,11 @@ def tree_mask(lengths: Tensor, start: int, ancestors: Tensor, dtype: torch.dtype
     """
     b, n, m = ancestors.shape
     mask = torch.zeros(b, 1, n, start + m, dtype=dtype, device=lengths.device)
-    mask[..., start:] = additive_mask(ancestors, dtype)
+    hide(mask[..., start:], ancestors)
     if b > 1:
         columns = torch.arange(start, device=lengths.device)
         history = columns[None, None, :] < lengths[:, None, None]  # [B, 1, start]
-        mask[..., :start] = additive_mask(history, dtype)
+        hide(mask[..., :start], history)
     return mask
 
 

@@ -190,6 +190,7 @@ class Planner:
     def __post_init__(self) -> None:
         times = [self.costs.of_target(n + 1) for n in range(1, self.most_nodes + 1)]
         self.verify = torch.tensor(times, dtype=torch.float64)  # with 1, 2, ... nodes
+        self.node = self.costs.of_target(3) - self.costs.of_target(2)  # of one more
         self.seconds = PRIOR * self.costs.of_target(1)
         self.tokens = PRIOR * self.rows * 1.5
 
@@ -223,8 +224,7 @@ class Planner:
         passes = GUESS
         if len(asked) == 2:
             passes = (asked[1] + GUESS * PRIOR) / (asked[0] + PRIOR)
-        node = self.costs.of_target(3) - self.costs.of_target(2)
-        return reach * min(passes, 1.0) > self.rate * (self.costs.draft + node)
+        return reach * min(passes, 1.0) > self.rate * (self.costs.draft + self.node)
 
     def nodes(self, scores: Tensor, depths: Tensor) -> int:
         """How many of the candidates to verify: scores `[B, M]` (log p), depths `[M]`."""

@@ -68,6 +68,11 @@ class TreeCache(Cache):
         """
         assert self.buffer is not None
         assert self.lengths is not None
+        if len(path) == 1:  # the history ends where the scratch begins: a plain copy forward
+            size = path.shape[1]
+            moved = self.buffer.index_select(-2, self.start + path[0])
+            self.buffer[..., self.start : self.start + size, :] = moved
+            return self._extend(length, longest)
         rows = torch.arange(path.shape[0], device=path.device)[:, None]  # [B, 1]
         steps = torch.arange(path.shape[1], device=path.device)[None]  # [1, P]
         source, target = self.start + path, self.lengths[:, None] + steps  # [B, P]

@@ -6,6 +6,7 @@ Legend: B rows, T pairs, W nodes of a level, M candidates, H hidden, F H feature
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -404,8 +405,8 @@ class Drafter:
             above = torch.div(place, width, rounding_mode="floor")  # [B, W]
             hidden = hidden.gather(1, above[:, :, None].expand_as(hidden))
             seen = seen.gather(1, above[:, :, None].expand_as(seen))
-        sizes = [part.shape[1] for part in tokens]
-        levels = torch.cat([torch.full((n,), d) for d, n in enumerate(sizes, 1)]).to(device)
+        sizes = tuple(part.shape[1] for part in tokens)
+        levels = _levels(sizes, device)
         ranked = torch.cat(scores, 1) - 1e-4 * levels  # a child stays strictly below its parent
         nodes = self.planner.nodes(ranked, levels) if self.planner else shape.nodes
         nodes = min(nodes, len(levels))
@@ -417,8 +418,9 @@ class Drafter:
 
     def _top(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and target ids of the `width` best: `[..., Vd]` -> `[..., W]` each."""
-        values, ids = logits.float().topk(width, dim=-1)
-        return values - logits.float().logsumexp(-1, keepdim=True), self.head.to_target(ids)
+        logits = logits.float()
+        values, ids = logits.topk(width, dim=-1)
+        return values - logits.logsumexp(-1, keepdim=True), self.head.to_target(ids)
 
     def _forward(
         self, hidden: Tensor, tokens: Tensor, ahead: Tensor, seen: Tensor, step: int
@@ -444,6 +446,12 @@ def _with_itself(seen: Tensor) -> Tensor:
     b, w, _ = seen.shape
     itself = torch.eye(w, dtype=torch.bool, device=seen.device).expand(b, w, w)
     return torch.cat([seen, itself], dim=-1)
+
+
+@lru_cache(maxsize=64)
+def _levels(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """The level of each candidate, 1 for the first `sizes[0]` and so on; not to be written to."""
+    return torch.cat([torch.full((n,), d) for d, n in enumerate(sizes, 1)]).to(device)
 
 
 def _depths(parents: Tensor, depth: int) -> Tensor:

@@ -6,7 +6,7 @@ Legend: B rows still running, T prompt columns, N nodes, P path length.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,11 +25,12 @@ from adaspec_eagle.compiled import check_compiler, target_call
 from adaspec_eagle.draft import Auto, Drafter, Shape, check_shape, parse_shape
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
+from adaspec_eagle.packed import packing
 from adaspec_eagle.sampling import Row, Sampler, warpers
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import Target
 from adaspec_eagle.tree import DraftTree, ancestor_mask, lone_root
-from adaspec_eagle.verify import Verdict, emitted, match
+from adaspec_eagle.verify import Verdict, best_tokens, emitted, match
 
 FIRST_CAPACITY = 4096  # columns a cache begins with at most; it doubles from there
 KEEP_SHARE = 0.75  # a big batch is cut down to its running rows when fewer than this share run
@@ -245,7 +246,14 @@ def decode(
         first = run.prefill(rows, answers.limit)
     for row, token in enumerate(first):
         answers.extend(row, [token])
-    live = list(range(len(rows)))  # live[b]: the row that stands at place b of the batch
+    with run.packed():
+        _rounds(run, answers, list(range(len(rows))))
+    rest = clock.now() - begin - sum(clock.seconds.values())
+    answers.seconds = clock.seconds | {"rest": rest}
+
+
+def _rounds(run: "_Run", answers: Answers, live: list[int]) -> None:
+    """Rounds until all rows have ended; live[b]: the row that stands at place b of the batch."""
     while True:
         running = [not answers.ended(row) for row in live]
         if not any(running):
@@ -258,9 +266,7 @@ def decode(
             if running[b]:
                 taken = answers.extend(live[b], tokens)
                 answers.count_round(live[b], taken, len(tokens) - 1, run.depths[b], run.nodes)
-                answers.by_row[live[b]].undrafted += head is not None and run.nodes == 0
-    rest = clock.now() - begin - sum(clock.seconds.values())
-    answers.seconds = clock.seconds | {"rest": rest}
+                answers.by_row[live[b]].undrafted += run.head is not None and run.nodes == 0
 
 
 class _Run:
@@ -380,6 +386,14 @@ class _Run:
         host = torch.cat([facts, tokens], 1).tolist()  # the round's one read from the device
         return tokens, verdict, host, features
 
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Packed weights for many rounds, so that no round need put them in place."""
+        with ExitStack() as stack:
+            for module in () if self.compiled else filter(None, (self.target.model, self.head)):
+                stack.enter_context(packing(module).active())
+            yield
+
     def keep(self, places: list[int]) -> None:
         """Keep the rows at the given places of the batch only."""
         rows = torch.tensor(places, device=self.last.device)
@@ -410,7 +424,7 @@ class _Run:
     ) -> tuple[Verdict, Tensor]:
         """What the target accepts, and whether logits were numbers where it went `[B]`."""
         if self.sampler.plain:
-            best, picks = logits.max(-1)  # [B, N]; on CPU several times as fast as argmax
+            best, picks = best_tokens(logits)
             finite = best.isfinite()
             verdict = match(tree, picks, ancestors)
         else:

@@ -87,6 +87,7 @@ class Packing:
 
     def __init__(self, model: nn.Module) -> None:
         self.state = weights_state(_linear_weights(model))
+        self.is_active = False
         self.places = []  # (the parent's children, name, the layer, its twin)
         twins: dict[tuple[int, int], nn.Module] = {}  # by the weight and bias
         for parent in model.modules() if _fits(model) else ():
@@ -102,7 +103,14 @@ class Packing:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Compute with the packed layers inside the block; the model's own are back behind it."""
+        """Compute with the packed layers inside the block; the model's own are back behind it.
+
+        Inside another such block this is nothing.
+        """
+        if self.is_active:
+            yield
+            return
+        self.is_active = True
         for children, name, _, twin in self.places:
             children[name] = twin
         try:
@@ -110,6 +118,7 @@ class Packing:
         finally:
             for children, name, layer, _ in self.places:
                 children[name] = layer
+            self.is_active = False
 
 
 _PACKINGS: WeakKeyDictionary[nn.Module, Packing] = WeakKeyDictionary()
@@ -118,6 +127,8 @@ _PACKINGS: WeakKeyDictionary[nn.Module, Packing] = WeakKeyDictionary()
 def packing(model: nn.Module) -> Packing:
     """The model's packing, made on first use and again whenever its weights have changed."""
     found = _PACKINGS.get(model)
+    if found is not None and found.is_active:
+        return found
     if found is None or found.state != weights_state(_linear_weights(model)):
         found = _PACKINGS[model] = Packing(model)
     return found

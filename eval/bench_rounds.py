@@ -65,15 +65,15 @@ def own_costs(
     generator = torch.Generator().manual_seed(context)
     ids = torch.randint(3, target.vocab_size, (1, context), generator=generator)
     timers = {"target": Inside(target.forward), "head": Inside(head.forward)}
-    logits = Inside(head.logits)
+    logits, fuse = Inside(head.logits), Inside(head.fuse)
     marks: list[tuple[float, float]] = []
 
     def watch(row: int, tokens: list[int], drafted: int) -> None:
-        inside = sum(timer.seconds for timer in (*timers.values(), logits))
+        inside = sum(timer.seconds for timer in (*timers.values(), logits, fuse))
         marks.append((time.perf_counter(), inside))
 
     target.forward, head.forward = timers["target"], timers["head"]  # type: ignore[method-assign]
-    head.logits = logits  # type: ignore[method-assign]
+    head.logits, head.fuse = logits, fuse  # type: ignore[method-assign]
     try:
         new = min(8 * rounds, target.context - context)
         generate(
@@ -81,7 +81,7 @@ def own_costs(
             watch=watch,
         )  # fmt: skip
     finally:
-        del target.forward, head.forward, head.logits
+        del target.forward, head.forward, head.logits, head.fuse
     walls = [b[0] - a[0] for a, b in zip(marks, marks[1:], strict=False)]
     forwards = [b[1] - a[1] for a, b in zip(marks, marks[1:], strict=False)]
     return [w - f for w, f in zip(walls, forwards, strict=True)], walls

@@ -106,6 +106,17 @@ def test_model_has_its_own_layers_back_even_behind_an_error():
 
 
 @torch.no_grad()
+def test_a_block_within_a_block_leaves_the_packed_layers_in_place():
+    model = model_of(nn.Linear(8, 8))
+    own = model[0]
+    with packing(model).active():
+        with packing(model).active():
+            pass
+        assert isinstance(model[0], PackedLinear)
+    assert model[0] is own
+
+
+@torch.no_grad()
 def test_changed_weights_are_packed_again():
     model = model_of(nn.Linear(16, 4, bias=False))
     x = torch.ones(1, 16, dtype=torch.bfloat16)

@@ -14,7 +14,7 @@ from adaspec_eagle.attention import (
 from adaspec_eagle.draft import Auto, Drafter, Dynamic, Sampled, chain, parse_shape, static_tree
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.tree import DraftTree, ancestor_mask, select_nodes
-from adaspec_eagle.verify import emitted, match
+from adaspec_eagle.verify import best_tokens, emitted, match
 from tests.tiny import tiny_head, tiny_target
 
 
@@ -159,6 +159,18 @@ def test_unrolled_attention_equals_a_dense_mask_in_value_and_gradient(later):
         torch.autograd.grad((out * weights).sum(), (query, both)) for out in (found, wanted)
     )
     torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("vocab", [512, 640, 1000, 2048])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_best_tokens_are_those_of_max_with_ties_and_numbers_that_are_none(vocab, dtype):
+    torch.manual_seed(0)
+    logits = torch.randint(-3, 4, (2, 5, vocab)).to(dtype)  # many ties
+    logits[1, 2, vocab // 2] = torch.nan
+    logits[1, 3, -1] = torch.inf
+    wanted, found = logits.max(-1), best_tokens(logits)
+    torch.testing.assert_close(found[0], wanted.values, equal_nan=True, atol=0, rtol=0)
+    assert torch.equal(found[1], wanted.indices)
 
 
 @pytest.mark.parametrize("wrong", ["tree", "chain:0", "chain:x", "beam"])
