@@ -106,11 +106,12 @@ def by_fused_kernel(
 ) -> Tensor:
     """`grouped_attention` in one call of torch's kernel for CPU: `[B, Hq, N, D]`.
 
-    Queries too few to fill one of the kernel's blocks stand beside the others of their group.
+    Queries too few to fill one of the kernel's blocks stand beside the others of their group; all
+    do in a compiled call, which would else be one graph for few and one for many.
     """
     b, hq, n, d = query.shape
     hk = key.shape[1]
-    if 1 < n < QUERY_BLOCK:
+    if 1 < n < QUERY_BLOCK or torch.compiler.is_compiling():
         query = query.reshape(b, hk, -1, d)  # [B, Hk, G N, D]
         mask = torch.cat([mask] * (hq // hk), dim=2)
     out = functional.scaled_dot_product_attention(
