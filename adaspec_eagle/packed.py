@@ -90,11 +90,15 @@ class Packing:
         self.is_active = False
         self.places = []  # (the parent's children, name, the layer, its twin)
         twins: dict[tuple[int, int], nn.Module] = {}  # by the weight and bias
-        for parent in model.modules() if _fits(model) else ():
+        parents = list(model.modules()) if _fits(model) else []
+        # A layer that lends its weight to a Projection is asked for it, not called.
+        lending = {id(p.output_weight) for p in parents if _projects(p)}
+        for parent in parents:
             merged = _merged(parent)
             for name, child in parent._modules.items():
                 owned = _weights(parent, child)
-                if owned is None or not _can_pack(owned[0]):
+                lends = type(child) is nn.Linear and id(child.weight) in lending
+                if owned is None or lends or not _can_pack(owned[0]):
                     continue
                 key = (id(owned[0]), id(owned[1]))
                 if key not in twins:
@@ -165,6 +169,10 @@ def _weights(parent: nn.Module, child: nn.Module | None) -> tuple[Tensor, Tensor
     if type(child) is Projection:
         return parent.output_weight, parent.logit_bias  # type: ignore[return-value]
     return None
+
+
+def _projects(parent: nn.Module) -> bool:
+    return any(type(child) is Projection for child in parent._modules.values())
 
 
 def _merged(parent: nn.Module) -> dict[str, Part]:

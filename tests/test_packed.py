@@ -95,6 +95,18 @@ def test_output_rows_of_a_head_are_packed_and_packed_again():
         torch.testing.assert_close(head.logits(hidden), 2 * before, atol=0.04, rtol=0.01)
 
 
+@pytest.mark.parametrize("name", ["lm:layers=2", "eagle3"])
+@torch.no_grad()
+def test_output_rows_of_a_heads_own_layer_are_packed_where_they_are_used(name):
+    target = tiny_target(dtype=torch.bfloat16)
+    head = tiny_head(target, name, train_output=name == "eagle3")
+    hidden = torch.randn(3, head.config.hidden_size, dtype=torch.bfloat16)
+    before = head.logits(hidden)
+    with packing(head).active():
+        assert type(head.lm_head) is nn.Linear
+        torch.testing.assert_close(head.logits(hidden), before, atol=0.02, rtol=0.01)
+
+
 @torch.no_grad()
 def test_model_has_its_own_layers_back_even_behind_an_error():
     model = model_of(nn.Linear(8, 8), nn.Linear(8, 8))
