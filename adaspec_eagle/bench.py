@@ -182,12 +182,16 @@ def open_bench(
 def known_heads(
     target: Target, runs: Path = Path("runs"), stages: Sequence[str] = ("head",)
 ) -> list[HeadChoice]:
-    """Heads for these weights: `runs/*/STAGE`, the newest first, then those that ship."""
+    """Heads for these weights: `runs/*/STAGE`, the newest first, then those that ship.
+
+    Of several that ship the last by name comes first: `NAME-long`, trained longer, before `NAME`.
+    """
     trained = [c for stage in stages for c in runs.glob(f"*/{stage}/config.json")]
     trained.sort(key=lambda config: config.stat().st_mtime, reverse=True)
     shipped = Path(str(package_files("adaspec_eagle.heads"))) / "pretrained"
     why = dict.fromkeys(trained, f"the newest under {runs}/ for this target")
-    why |= dict.fromkeys(sorted(shipped.glob("*/config.json")), "shipped with the package")
+    there = sorted(shipped.glob("*/config.json"), reverse=True)
+    why |= dict.fromkeys(there, "shipped with the package")
     return [HeadChoice(c.parent, reason) for c, reason in why.items() if _fits(c, target)]
 
 

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     data = OUT / "data.jsonl"
     make_data(data)
     train(data, speed)
-    shipped = Path(str(files("adaspec_eagle.heads"))) / "pretrained" / "smollm2-135m-eagle3"
+    shipped = Path(str(files("adaspec_eagle.heads"))) / "pretrained" / "smollm2-135m-eagle3-long"
     if (shipped / "config.json").exists():
         print("\nThe head that ships with the package, which saw a fuller training:")
         measure(shipped, OUT / "shipped")
