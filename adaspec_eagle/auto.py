@@ -31,6 +31,7 @@ from adaspec_eagle.record import cpu_model, write_json
 from adaspec_eagle.targets import Target
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # tokens of a target forward that are timed
+FORWARDS = 2  # raised when forwards become faster or slower: costs on disk are measured again
 HISTORY = 256  # tokens of history while timing
 REPEATS, LONG = 7, 0.5  # the median of so many counts; of fewer once they took LONG seconds
 PRIOR = 8.0  # rounds that the first guesses are worth
@@ -149,6 +150,7 @@ def costs_of(
     device = target.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
     facts = {
+        "forwards": FORWARDS,
         "device": place,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
