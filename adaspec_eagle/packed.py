@@ -56,17 +56,19 @@ class Together:
         bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
         self.whole = PackedLinear(torch.cat([layer.weight.detach() for layer in layers]), bias)
         self.sizes = [layer.out_features for layer in layers]
-        self.input: Tensor | None = None
-        self.ready: dict[int, Tensor] = {}  # results that nobody has asked for yet
+        # The last input, and its results that nobody has asked for yet: one value, so that threads
+        # which decode at the same time cannot take each other's.
+        self.last: tuple[Tensor | None, dict[int, Tensor]] = (None, {})
 
     def take(self, index: int, x: Tensor) -> Tensor:
         """The result of layer `index` for x."""
-        if x is not self.input or index not in self.ready:
-            self.input = x
-            self.ready = dict(enumerate(self.whole(x).split(self.sizes, dim=-1)))
-        mine = self.ready.pop(index)
-        if not self.ready:
-            self.input = None
+        given, ready = self.last
+        if x is not given or index not in ready:
+            ready = dict(enumerate(self.whole(x).split(self.sizes, dim=-1)))
+            self.last = (x, ready)
+        mine = ready.pop(index)
+        if not ready:
+            self.last = (None, {})
         return mine
 
 

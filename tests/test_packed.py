@@ -71,7 +71,7 @@ def test_a_result_is_given_once():
         x.zero_()
         assert not model.k_proj(x).any()
         model.q_proj(x), model.v_proj(x)
-        assert model.q_proj.together.input is None
+        assert model.q_proj.together.last == (None, {})
 
 
 @torch.no_grad()
