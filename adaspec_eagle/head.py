@@ -520,7 +520,7 @@ def build_head(config: HeadConfig, state: dict[str, Tensor], path: Path) -> Draf
 
 def with_vocab(head: DraftHead, ids: Tensor) -> DraftHead:
     """An unbound copy of a head that borrows its output rows, for draft vocabulary `ids` `[Vd]`."""
-    made = head_class(head.config.head)(replace(head.config, draft_vocab_size=len(ids)))
+    made = new_head(replace(head.config, draft_vocab_size=len(ids)))
     maps = ("d2t", "t2d")
     made.load_state_dict(
         {name: t.cpu() for name, t in head.state_dict().items() if name not in maps}, strict=False
