@@ -11,6 +11,7 @@ Legend: B rows, M candidates.
 
 import hashlib
 import json
+import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -34,10 +35,11 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # tokens of a target forward that 
 FORWARDS = 2  # raised when forwards become faster or slower: costs on disk are measured again
 HISTORY = 256  # tokens of history while timing
 REPEATS, LONG = 7, 0.5  # the median of so many counts; of fewer once they took LONG seconds
-PRIOR = 8.0  # rounds that the first guesses are worth
-GUESS = 0.5  # acceptance of one more level, before any has been seen
+PRIOR = 8.0  # rounds that the first guess of the rate is worth
+TRUST = 32.0  # rounds that the head's own probabilities are worth against what was accepted
+GUESS = 0.5  # acceptance of one more level
 PATIENCE = 24  # rounds before drafting may be given up
-FORGET = 0.97  # weight of a round's figures one round later
+FORGET = 0.97  # weight of a round's tokens and seconds one round later
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,7 @@ class Planner:
     kept: list[float] = field(default_factory=list)  # by depth: what passed
 
     def __post_init__(self) -> None:
-        times = [self.costs.of_target(n + 1) for n in range(1, self.most_nodes + 1)]
-        self.verify = torch.tensor(times, dtype=torch.float64)  # with 1, 2, ... nodes
+        self.verify = [self.costs.of_target(n + 1) for n in range(1, self.most_nodes + 1)]
         self.node = self.costs.of_target(3) - self.costs.of_target(2)  # of one more
         self.seconds = PRIOR * self.costs.of_target(1)
         self.tokens = PRIOR * self.rows * 1.5
@@ -215,27 +216,31 @@ class Planner:
         """Accepted / promised at a depth so far: what the head's probabilities are worth."""
         if depth > len(self.kept):
             return 1.0
-        prior = PRIOR * self.rows * GUESS**depth
+        prior = TRUST * self.rows * GUESS**depth
         return (self.kept[depth - 1] + prior) / (self.promised[depth - 1] + prior)
 
     def deeper(self, depth: int, beam: Tensor) -> bool:
         """Whether a level below the beam at `depth` is worth drafting; beam `[B, W]`: log p."""
         share = self.rows / len(beam)  # others are at rest
-        reach = float(beam.exp().sum()) * share * self.trust(depth)  # rows that get that far
-        asked = self.kept[depth - 1 : depth + 1]
-        passes = GUESS
-        if len(asked) == 2:
-            passes = (asked[1] + GUESS * PRIOR) / (asked[0] + PRIOR)
-        return reach * min(passes, 1.0) > self.rate * (self.costs.draft + self.node)
+        reach = share * sum(map(math.exp, beam.flatten().tolist()))  # rows that get that far
+        passes = GUESS * self.trust(min(depth + 1, max(len(self.kept), 1)))
+        return reach * passes > self.rate * (self.costs.draft + self.node)
 
     def nodes(self, scores: Tensor, depths: Tensor) -> int:
-        """How many of the candidates to verify: scores `[B, M]` (log p), depths `[M]`."""
-        trust = [self.trust(d) for d in range(1, int(depths.max()) + 1)]
-        worth = torch.tensor([0.0, *trust], device=scores.device)[depths]
-        chances = (scores.exp() * worth).sort(1, descending=True).values.sum(0)  # [M]
-        gains = chances.cumsum(0)[: self.most_nodes].double() * (self.rows / len(scores))
-        value = gains.cpu() - self.rate * self.verify[: len(gains)]
-        return int(value.argmax()) + 1
+        """How many of each row's best candidates to verify: scores (log p) and depths `[B, K]`.
+
+        They come best first, `most_nodes` of them at most.
+        """
+        trust = [1.0, *(self.trust(d) for d in range(1, int(depths.max()) + 1))]
+        worth = torch.tensor(trust, device=scores.device)[depths]  # [B, K]
+        gains = (scores.exp() * worth).sum(0).tolist()  # [K]
+        share, rate = self.rows / len(scores), self.rate
+        best, most, gain = 0, -math.inf, 0.0
+        for count, (one_more, seconds) in enumerate(zip(gains, self.verify, strict=False), 1):
+            gain += share * one_more
+            if gain - rate * seconds > most:
+                best, most = count, gain - rate * seconds
+        return best
 
     def learn(self, tree_scores: Tensor, depths: Tensor, accepted: list[int], levels: int) -> None:
         """Take in a round: scores and depths of the drafted nodes `[B, N]`, accepted tokens."""
@@ -246,8 +251,8 @@ class Planner:
                 self.kept.append(0.0)
                 self.promised.append(0.0)
             passed = sum(count >= depth for count in accepted)
-            self.kept[depth - 1] = FORGET * self.kept[depth - 1] + passed
-            self.promised[depth - 1] = FORGET * self.promised[depth - 1] + value
+            self.kept[depth - 1] += passed
+            self.promised[depth - 1] += value
         spent = (levels + 1) * self.costs.draft  # one more to take in what was accepted
         spent += self.costs.of_target(depths.shape[1] + 1)
         self.rounds += 1

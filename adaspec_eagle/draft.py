@@ -5,7 +5,7 @@ Legend: B rows, T pairs, W nodes of a level, M candidates, H hidden, F H feature
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
@@ -245,7 +245,8 @@ class Drafter:
         self.head = head
         self.shape = shape
         self.planner = planner  # of an Auto shape
-        self.drafted: tuple[Tensor, Tensor, int] | None = None  # scores, depths, levels: to learn
+        self.drafted: tuple[Tensor, Tensor] | None = None  # the nodes' scores and depths: to learn
+        self.depth = 0  # of the last tree
         self.packing = packing(head)
         self.call = head_call(head, compiled)
         self.cache = TreeCache(head.cached_layers, capacity)
@@ -289,6 +290,7 @@ class Drafter:
         assert self.hidden is not None
         assert self.logits is not None
         drafts: list[Tensor] = []
+        self.depth = self.shape.depth
         if isinstance(self.shape, Dynamic | Auto):
             tree = self._grow_dynamic(self.shape)
         elif isinstance(self.shape, Sampled):
@@ -368,10 +370,12 @@ class Drafter:
     def learn(self, accepted: list[int], running: list[bool]) -> None:
         """Tell the planner how many draft tokens each row that runs accepted in this round."""
         if self.planner and self.drafted:
-            scores, depths, levels = self.drafted
-            rows = torch.tensor(running, device=scores.device)
-            passed = [count for count, goes_on in zip(accepted, running, strict=True) if goes_on]
-            self.planner.learn(scores[rows], depths[rows], passed, levels)
+            scores, depths = self.drafted
+            if not all(running):
+                rows = torch.tensor(running, device=scores.device)
+                scores, depths = scores[rows], depths[rows]
+                accepted = [count for count, on in zip(accepted, running, strict=True) if on]
+            self.planner.learn(scores, depths, accepted, self.depth)
 
     def _grow_dynamic(self, shape: Dynamic | Auto) -> DraftTree:
         """Keep a beam of the most probable paths; rerank all candidates at the end (EAGLE-2).
@@ -405,22 +409,21 @@ class Drafter:
             above = torch.div(place, width, rounding_mode="floor")  # [B, W]
             hidden = hidden.gather(1, above[:, :, None].expand_as(hidden))
             seen = seen.gather(1, above[:, :, None].expand_as(seen))
-        sizes = tuple(part.shape[1] for part in tokens)
-        levels = _levels(sizes, device)
-        ranked = torch.cat(scores, 1) - 1e-4 * levels  # a child stays strictly below its parent
-        nodes = self.planner.nodes(ranked, levels) if self.planner else shape.nodes
-        nodes = min(nodes, len(levels))
-        tree = select_nodes(torch.cat(tokens, 1), torch.cat(parents, 1), ranked, nodes)
+        self.depth = len(tokens)
+        depths = _depths(tuple(part.shape[1] for part in tokens), device)
+        # A child stays strictly below its parent, so that a chosen node's parent is chosen too.
+        ranked = torch.cat(scores, 1) - 1e-4 * depths
+        values, chosen = ranked.topk(min(shape.nodes, len(depths)), dim=1)
         if self.planner:
-            values, chosen = ranked.topk(nodes, dim=1)
-            self.drafted = (values, levels[chosen], len(sizes))
-        return replace(tree, depths=_depths(tree.parents, len(sizes)))
+            nodes = self.planner.nodes(values, depths[chosen])
+            values, chosen = values[:, :nodes], chosen[:, :nodes]
+            self.drafted = (values, depths[chosen])
+        return select_nodes(torch.cat(tokens, 1), torch.cat(parents, 1), depths, ranked, chosen)
 
     def _top(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and target ids of the `width` best: `[..., Vd]` -> `[..., W]` each."""
-        logits = logits.float()
-        values, ids = logits.topk(width, dim=-1)
-        return values - logits.logsumexp(-1, keepdim=True), self.head.to_target(ids)
+        logp, ids = logits.log_softmax(-1, dtype=torch.float32).topk(width, dim=-1)
+        return logp, self.head.to_target(ids)
 
     def _forward(
         self, hidden: Tensor, tokens: Tensor, ahead: Tensor, seen: Tensor, step: int
@@ -449,15 +452,6 @@ def _with_itself(seen: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _levels(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """The level of each candidate, 1 for the first `sizes[0]` and so on; not to be written to."""
+def _depths(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """The depth of each candidate, 1 for the first `sizes[0]` and so on; not to be written to."""
     return torch.cat([torch.full((n,), d) for d, n in enumerate(sizes, 1)]).to(device)
-
-
-def _depths(parents: Tensor, depth: int) -> Tensor:
-    """Depth of every node of trees at most `depth` deep, `[B, N]`."""
-    depths = torch.zeros_like(parents)
-    below = torch.arange(parents.shape[1], device=parents.device) > 0
-    for _ in range(depth):
-        depths = (depths.gather(1, parents) + 1) * below
-    return depths

@@ -374,7 +374,7 @@ class _Run:
         The host's rows: length, depth, whether logits were numbers, tokens.
         """
         self.nodes = tree.tokens.shape[1] - 1
-        limit = self.shape.depth if self.nodes else 0
+        limit = self.drafter.depth if self.drafter and self.nodes else 0
         ancestors = ancestor_mask(tree.parents, limit)
         with self.clock.part("verify"):
             logits, features = self._verify(tree, ancestors)

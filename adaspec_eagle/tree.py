@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass
@@ -40,22 +41,30 @@ def ancestor_mask(parents: Tensor, depth: int) -> Tensor:
     return mask
 
 
-def select_nodes(tokens: Tensor, parents: Tensor, scores: Tensor, keep: int) -> DraftTree:
-    """Root plus the `keep` best of M candidates, as a tree (EAGLE-2's reranking).
+def select_nodes(
+    tokens: Tensor, parents: Tensor, depths: Tensor, scores: Tensor, chosen: Tensor
+) -> DraftTree:
+    """The tree of the root and some of M candidates, such as the best ones (EAGLE-2's reranking).
 
-    tokens, parents, scores `[B, M]`; parents are candidate indices, -1 for the root's children, and
-    every candidate comes after its parent. A score must be lower than its parent's, so that a
-    chosen node's parent is chosen too. The root's token is left 0: the caller puts it there.
+    tokens, parents, scores `[B, M]`, depths `[M]`, chosen `[B, K]`: places among the candidates, in
+    any order. parents are such places, too, -1 for the root's children. Every candidate comes after
+    its parent, and a chosen node's parent must be chosen. The root's token is left 0: the caller
+    puts it there.
     """
     b, m = tokens.shape
-    chosen = scores.topk(min(keep, m), dim=1).indices.sort(dim=1).values  # [B, K]
     k = chosen.shape[1]
+    chosen = chosen.sort(dim=1).values
     place = torch.zeros(b, m + 1, dtype=torch.long, device=tokens.device)  # column m: the root
     place.scatter_(1, chosen, torch.arange(1, k + 1, device=tokens.device).expand(b, k))
     old_parents = parents.gather(1, chosen)  # [B, K]
     new_parents = place.gather(1, torch.where(old_parents < 0, m, old_parents))
-    root = torch.zeros(b, 1, dtype=torch.long, device=tokens.device)
-    new_parents = torch.cat([root, new_parents], dim=1)  # [B, K + 1]
-    new_scores = torch.cat([root.to(scores), scores.gather(1, chosen)], dim=1)
-    new_tokens = torch.cat([root, tokens.gather(1, chosen)], dim=1)
-    return DraftTree(new_tokens, new_parents, root, new_scores)
+
+    def below_root(values: Tensor) -> Tensor:
+        return functional.pad(values, (1, 0))
+
+    return DraftTree(
+        below_root(tokens.gather(1, chosen)),
+        below_root(new_parents),
+        below_root(depths[chosen]),
+        below_root(scores.gather(1, chosen)),
+    )

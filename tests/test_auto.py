@@ -34,9 +34,9 @@ def test_nodes_are_verified_exactly_while_they_pay():
     planner = Planner(flat(slope=0.1), rows=1, most_nodes=60)
     planner.tokens, planner.seconds = 2.0, 1.0  # 2 tokens/s: a node must bring 0.2 tokens
     chances = torch.tensor([[0.9, 0.5, 0.3, 0.21, 0.19, 0.1]])
-    assert planner.nodes(chances.log(), torch.ones(6, dtype=torch.long)) == 4
-    assert Planner(flat(slope=9.0), 1, 60).nodes(chances.log(), torch.ones(6).long()) == 1
-    assert Planner(flat(), 1, 5).nodes(chances.log(), torch.ones(6).long()) == 5
+    assert planner.nodes(chances.log(), torch.ones(1, 6, dtype=torch.long)) == 4
+    assert Planner(flat(slope=9.0), 1, 60).nodes(chances.log(), torch.ones(1, 6).long()) == 1
+    assert Planner(flat(), 1, 6).nodes(chances.log(), torch.ones(1, 6).long()) == 6
 
 
 def test_levels_are_drafted_while_they_pay():

@@ -93,9 +93,11 @@ def test_selected_nodes_keep_their_parents():
     tokens = torch.tensor([[5, 6, 7, 8, 9]])
     parents = torch.tensor([[-1, -1, 0, 0, 1]])
     scores = torch.tensor([[-1.0, -2.0, -1.5, -4.0, -2.5]])
-    tree = select_nodes(tokens, parents, scores, keep=3)
+    depths = torch.tensor([1, 1, 2, 2, 2])
+    tree = select_nodes(tokens, parents, depths, scores, scores.topk(3).indices)
     assert tree.tokens.tolist() == [[0, 5, 6, 7]]
     assert tree.parents.tolist() == [[0, 0, 0, 1]]
+    assert tree.depths.tolist() == [[0, 1, 1, 2]]
 
 
 def test_match_follows_the_agreeing_child_only():
