@@ -253,7 +253,8 @@ class Planner:
             passed = sum(count >= depth for count in accepted)
             self.kept[depth - 1] += passed
             self.promised[depth - 1] += value
-        spent = (levels + 1) * self.costs.draft  # one more to take in what was accepted
+        # A forward a level, the first takes in what was accepted; other work is about one more.
+        spent = (levels + 1) * self.costs.draft
         spent += self.costs.of_target(depths.shape[1] + 1)
         self.rounds += 1
         self.tokens = FORGET * self.tokens + sum(accepted) + len(accepted)
