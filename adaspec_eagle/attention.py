@@ -3,6 +3,7 @@
 Legend: B rows, N query tokens, T key columns, Hq and Hk query and key heads, D head size.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ def grouped_attention(
         return unrolled_attention(query, key, value, attention_mask, scaling), None
     on_cpu = query.device.type == "cpu"
     many = query.shape[2] > FEW_QUERIES and not on_cpu
+    if attention_mask is not None and attention_mask.dtype == torch.bool:  # transformers' own
+        many = True
     if attention_mask is None or dropout or many:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -249,6 +252,10 @@ def _by_columns(weights: Tensor, x: Tensor) -> Tensor:
     return torch.bmm(flat.transpose(1, 2), x.reshape(b * hk, g * n, -1)).view(b, hk, t, -1)
 
 
+_LOCK = threading.Lock()
+_INSIDE: dict[int, tuple[int, str]] = {}  # by id of a config: how many blocks, what it had before
+
+
 def register() -> None:
     """Make `grouped_attention` known to transformers under the name GROUPED (idempotent)."""
     AttentionInterface.register(GROUPED, grouped_attention)
@@ -257,11 +264,21 @@ def register() -> None:
 
 @contextmanager
 def grouped(config: PreTrainedConfig) -> Iterator[None]:
-    """Let the model that owns `config` attend by `grouped_attention` inside the block only."""
+    """Let the model that owns `config` attend by `grouped_attention` inside the block only.
+
+    Several threads may be inside at once; the last one that leaves puts things back.
+    """
     register()
-    before = config._attn_implementation
-    config._attn_implementation = GROUPED
+    with _LOCK:
+        inside, before = _INSIDE.get(id(config), (0, config._attn_implementation))
+        _INSIDE[id(config)] = (inside + 1, before)
+        config._attn_implementation = GROUPED
     try:
         yield
     finally:
-        config._attn_implementation = before
+        with _LOCK:
+            inside, before = _INSIDE.pop(id(config))
+            if inside > 1:
+                _INSIDE[id(config)] = (inside - 1, before)
+            else:
+                config._attn_implementation = before

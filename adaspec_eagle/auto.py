@@ -235,7 +235,7 @@ class Planner:
         worth = torch.tensor(trust, device=scores.device)[depths]  # [B, K]
         gains = (scores.exp() * worth).sum(0).tolist()  # [K]
         share, rate = self.rows / len(scores), self.rate
-        best, most, gain = 0, -math.inf, 0.0
+        best, most, gain = 1, -math.inf, 0.0
         for count, (one_more, seconds) in enumerate(zip(gains, self.verify, strict=False), 1):
             gain += share * one_more
             if gain - rate * seconds > most:

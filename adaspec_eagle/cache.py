@@ -89,6 +89,15 @@ class TreeCache(Cache):
         """Forget the scratch; history stays."""
         self.used = 0
 
+    def wipe(self) -> None:
+        """Forget the scratch, and write zeros to all that is not history.
+
+        For scratch that holds NaN: a CUDA graph reads all columns, and NaN stays NaN when masked.
+        """
+        assert self.buffer is not None
+        self.buffer[..., self.start :, :] = 0
+        self.rollback()
+
     def keep(self, rows: Tensor) -> None:
         """Keep the given rows `[B']` only, in that order."""
         assert self.buffer is not None

@@ -25,6 +25,8 @@ from adaspec_eagle.tree import DraftTree, select_nodes
 # Assumed acceptance by rank among a node's children, for the default static tree.
 RANK_RATES = (0.55, 0.14, 0.07, 0.045, 0.03, 0.02)
 
+LEAST_LOGP = -50.0  # of a token, so that in float32 every node has a place below its parent
+
 
 @dataclass(frozen=True)
 class Static:
@@ -124,6 +126,12 @@ def check_shape(shape: Shape, head: DraftHead, context: int) -> None:
     if max(nodes, shape.depth) >= context:
         raise UserError(
             f"a tree of {nodes} nodes, {shape.depth} deep, has no room in a context of {context}"
+        )
+    ranks = max(shape.ranks) + 1 if isinstance(shape, Static) else 1
+    if ranks > head.config.draft_vocab_size:
+        raise UserError(
+            f"a static tree with {ranks} children of one node, but this head's draft vocabulary "
+            f"has {head.config.draft_vocab_size} tokens: ask for a narrower tree"
         )
     if isinstance(shape, Static | Sampled) and shape.depth > (head.deepest or shape.depth):
         raise UserError(
@@ -423,7 +431,8 @@ class Drafter:
     def _top(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and target ids of the `width` best: `[..., Vd]` -> `[..., W]` each."""
         logp, ids = logits.log_softmax(-1, dtype=torch.float32).topk(width, dim=-1)
-        return logp, self.head.to_target(ids)
+        # What a head that gives no numbers drafts is a tree all the same, and may be rejected.
+        return logp.nan_to_num(nan=LEAST_LOGP, neginf=LEAST_LOGP), self.head.to_target(ids)
 
     def _forward(
         self, hidden: Tensor, tokens: Tensor, ahead: Tensor, seen: Tensor, step: int

@@ -346,7 +346,7 @@ class _Run:
         tokens, verdict, host, features = self._check(tree, drafts, running)
         if self.nodes and not all(row[2] for row in host):
             # What the target makes of one node reaches, as NaN, those that do not look at it.
-            self.cache.rollback()
+            self.cache.wipe()
             tokens, verdict, host, features = self._check(lone_root(self.last), [], running)
         self._check_finite([bool(row[2]) for row in host])
         counts = [row[0] for row in host]

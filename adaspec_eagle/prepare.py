@@ -35,7 +35,8 @@ Found = TypeVar("Found")
 def split_records(records: list[Record], held_back: int) -> tuple[list[Record], list[Record]]:
     """(training, held back): at most `held_back` records and at most a tenth.
 
-    Drawn by the number of records alone: runs with other seeds hold the same ones back.
+    Drawn by the number of records alone: runs with other seeds hold the same ones back. Records
+    whose prompt is that of one held back are in neither.
     """
     count = min(held_back, len(records) // 10) or 1
     if len(records) < 2:
@@ -43,7 +44,9 @@ def split_records(records: list[Record], held_back: int) -> tuple[list[Record], 
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
     held = sorted(order[:count])
     chosen = set(held)
-    return [r for i, r in enumerate(records) if i not in chosen], [records[i] for i in held]
+    prompts = {tuple(records[i].prompt_ids) for i in held}
+    rest = [r for i, r in enumerate(records) if i not in chosen]
+    return [r for r in rest if tuple(r.prompt_ids) not in prompts], [records[i] for i in held]
 
 
 def draft_vocab(

@@ -366,6 +366,8 @@ def _refuse_unsupported(model: Any, name: str) -> None:
         reason = f"sliding-window attention (window {window})"
     elif types != {"full_attention"} or local or getattr(model, "_is_stateful", False):
         reason = f"layers other than full attention ({', '.join(sorted(types))})"
+    elif _rope_type(config) == "longrope":  # for the whole forward, by its last position
+        reason = "rotary factors that change with the length of the text (longrope)"
     elif model.config.is_encoder_decoder:
         reason = "an encoder"
     elif getattr(model, "is_quantized", False) and not _dequantised(model):
@@ -378,6 +380,12 @@ def _refuse_unsupported(model: Any, name: str) -> None:
         f"target {name!r} ({kind}) has {reason}, which tree verification does not support; use a "
         "decoder-only target with full attention, unquantised, on one device"
     )
+
+
+def _rope_type(config: Any) -> str | None:
+    """What the rotary frequencies are scaled by: "default", "yarn", "longrope", ..."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return rope.get("rope_type") or rope.get("type")
 
 
 def _dequantised(model: Any) -> bool:

@@ -240,6 +240,7 @@ def run_training(
         steps=config.unroll,
     )
     data = _prepare(config, out, workshop, given)
+    _note_seen(config.init, data.facts)
     sizes = replace(sizes, draft_vocab_size=len(data.vocab))
     job = Job(config, out, target, sizes, data)
     reference = None
@@ -303,6 +304,19 @@ def _given_heads(config: TrainConfig, target: Target) -> dict[str, DraftHead]:
     ):
         raise UserError("--reference and --init differ in draft vocabulary; drop one")
     return found
+
+
+def _note_seen(init: str | None, facts: dict) -> None:
+    """Say so if the head of --init was trained on another split, and on what is held back now."""
+    notes = Path(init or ".") / "train.json"
+    if init is None or not notes.is_file():
+        return
+    earlier = json.loads(notes.read_text()).get("data", {})
+    if any(earlier.get(name) != facts[name] for name in ("files", "records", "held_back")):
+        say(
+            f"note: {init} was trained on other files or another split of them, and may have seen "
+            "records that are held back now: tau_sim and overlap on them come out too high"
+        )
 
 
 def _same_vocab(one: DraftHead, other: DraftHead) -> bool:

@@ -2,12 +2,14 @@
 
 import gc
 import sys
+import threading
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from adaspec_eagle import generate
+from adaspec_eagle.attention import GROUPED, grouped
 from adaspec_eagle.cache import TreeCache
 from adaspec_eagle.draft import Drafter, Dynamic, chain
 from adaspec_eagle.errors import UserError
@@ -132,6 +134,64 @@ def test_a_draft_at_which_the_target_breaks_down_is_only_not_taken(temperature):
     found = generate(target, head, ids, mask, tree=chain(3), **options)
     assert found.answers == plain.answers
     assert 0 < found.stats.undrafted <= found.stats.rounds
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("first", [0, 1], ids=["at-once", "below-the-first-level"])
+@pytest.mark.parametrize("tree", TREES, ids=["chain", "static", "auto", "dynamic"])
+def test_a_head_that_gives_no_numbers_drafts_in_vain(tree, first, temperature):
+    target = tiny_target()
+    torch.manual_seed(0)
+    ids = torch.randint(5, VOCAB, (1, 12))
+    head = tiny_head(target, draft_vocab=40)
+    forward = head.forward
+
+    def broken(hidden, tokens, positions, mask, cache, step):
+        out = forward(hidden, tokens, positions, mask, cache, step)
+        return out * float("nan") if step >= first else out
+
+    head.forward = broken
+    options = {"max_new_tokens": 40, "ignore_eos": True, "temperature": temperature}
+    plain = generate(target, None, ids, **options)
+    assert generate(target, head, ids, tree=tree, **options).answers == plain.answers
+
+
+def test_wiped_scratch_leaves_history_alone():
+    cache = TreeCache(1, 16)
+    keys = torch.ones(1, 1, 3, 2)
+    cache.update(keys, keys, 0)
+    cache.commit_prefix(torch.tensor([3]))
+    cache.update(keys * float("nan"), keys * float("nan"), 0)
+    cache.wipe()
+    assert cache.get_seq_length() == 3
+    assert cache.buffer[..., :3, :].eq(1).all()
+    assert cache.buffer[..., 3:, :].eq(0).all()
+
+
+def test_a_static_tree_wider_than_the_draft_vocabulary_is_refused():
+    target = tiny_target()
+    with pytest.raises(UserError, match="draft vocabulary has 2 tokens"):
+        generate(target, tiny_head(target, draft_vocab=2), prompts(1)[0], tree="static")
+
+
+def test_threads_leave_the_model_as_it_was():
+    """Each attends in its own way inside, and the last one out puts things back."""
+    config = tiny_target().config
+    before, inside, leave = config._attn_implementation, threading.Event(), threading.Event()
+
+    def other():
+        with grouped(config):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with grouped(config):
+        thread.start()
+        inside.wait(10)
+    assert config._attn_implementation == GROUPED
+    leave.set()
+    thread.join()
+    assert config._attn_implementation == before
 
 
 @pytest.mark.parametrize("tree", TREES, ids=["chain", "static", "auto", "dynamic"])

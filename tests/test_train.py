@@ -17,7 +17,7 @@ from adaspec_eagle.callbacks import newest_checkpoint
 from adaspec_eagle.errors import UserError, explain
 from adaspec_eagle.features import target_rows
 from adaspec_eagle.head import built_in_heads, read_config
-from adaspec_eagle.prepare import draft_vocab
+from adaspec_eagle.prepare import draft_vocab, split_records
 from adaspec_eagle.targets import Target
 from adaspec_eagle.train import TrainConfig, Workshop, run_training
 from scripts import train_head
@@ -188,6 +188,24 @@ def test_a_given_reference_brings_its_draft_vocabulary_along(folder, run, tmp_pa
         run_training(wrong, tmp_path / "wrong")
 
 
+def test_a_prompt_that_is_held_back_is_not_trained_on():
+    records = [record(4, 5, seed % 15) for seed in range(30)]  # every one of them twice
+    train, held = split_records(records, 3)
+    prompts = {tuple(one.prompt_ids) for one in held}
+    assert len(held) == 3
+    assert not prompts & {tuple(one.prompt_ids) for one in train}
+    assert len(train) == 30 - 2 * len(prompts)
+
+
+def test_a_head_that_may_have_seen_what_is_held_back_is_named(folder, run, tmp_path, capsys):
+    settings = {"method": "distillspec", "epochs": 0.1, "init": str(run / "head")}
+    run_training(options(folder, **settings), tmp_path / "same")
+    assert "may have seen" not in capsys.readouterr().err
+    other = answers_file(tmp_path / "other.jsonl", records=12)
+    run_training(options(folder, **settings, data=[other]), tmp_path / "other")
+    assert f"{run / 'head'} was trained on other files" in capsys.readouterr().err
+
+
 def test_an_initial_head_takes_a_vocabulary_counted_anew(folder, run, tmp_path):
     other = answers_file(tmp_path / "other.jsonl", records=12)
     settings = {"data": [other], "draft_vocab": 30, "method": "distillspec", "epochs": 0.1}
@@ -305,6 +323,14 @@ def test_targets_with_windows_or_a_second_kind_of_layer_are_refused():
     )
     with pytest.raises(UserError, match="sliding-window"):
         Target.wrap(model, name="windowed")
+
+
+def test_rotary_factors_that_change_with_the_length_are_refused():
+    """Of a whole forward they follow its last position, which in a tree is beyond the root's."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    with pytest.raises(UserError, match="longrope"):
+        tiny_target(rope_parameters={**rope, **factors}, max_position_embeddings=256)
 
 
 def damaged(run, tmp_path, change) -> Path:
