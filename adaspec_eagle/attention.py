@@ -86,16 +86,19 @@ def grouped_attention(
     query `[B, Hq, N, D]`, key and value `[B, Hk, T, D]`, additive mask `[B, 1, N, T]`. Under a mask
     transformers' own path copies keys and values Hq / Hk times. torch's fused kernel for CPU takes
     them as they are; elsewhere these are two batched products. The softmax is in float32 (or
-    float64 for float64 input). Without a mask, and off the CPU for more than FEW_QUERIES tokens,
-    this is the stock path. Returns `[B, N, Hq, D]`, as transformers' attention functions do.
+    float64 for float64 input). Without a mask of that kind, and off the CPU for more than
+    FEW_QUERIES tokens, this is the stock path. Returns `[B, N, Hq, D]`, as transformers' attention
+    functions do.
     """
     if isinstance(attention_mask, Unrolled):
         return unrolled_attention(query, key, value, attention_mask, scaling), None
     on_cpu = query.device.type == "cpu"
-    many = query.shape[2] > FEW_QUERIES and not on_cpu
-    if attention_mask is not None and attention_mask.dtype == torch.bool:  # transformers' own
-        many = True
-    if attention_mask is None or dropout or many:
+    if (
+        attention_mask is None
+        or attention_mask.dtype == torch.bool  # one of transformers' own
+        or dropout
+        or (query.shape[2] > FEW_QUERIES and not on_cpu)
+    ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
