@@ -43,6 +43,7 @@ def acceptance_figures(
     depth: int = 5,
     seed: int = 0,
     batch_size: int = 32,
+    allow_other_target: bool = False,
 ) -> dict[str, Any]:
     """Acceptance of a head on prompts (token ids), by every definition in DEFINITIONS.
 
@@ -70,6 +71,7 @@ def acceptance_figures(
                 temperature=temperature,
                 seed=seed,
                 row_keys=batch,
+                allow_other_target=allow_other_target,
             )
             for i, answer, stats in zip(batch, made.answers, made.by_row, strict=True):
                 answers[i], found[i][way] = answer, stats.to_dict()

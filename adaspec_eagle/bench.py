@@ -15,7 +15,7 @@ from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead, load_head
 from adaspec_eagle.hub import task_prompts
 from adaspec_eagle.packed import packing
-from adaspec_eagle.record import environment, sha256, shown
+from adaspec_eagle.record import check_folder, environment, sha256, shown
 from adaspec_eagle.sampling import MAX_SEED
 from adaspec_eagle.storage import local_folder, weights_file
 from adaspec_eagle.targets import DEFAULT_TARGET, Target
@@ -170,6 +170,8 @@ def open_bench(
     read: Callable[[argparse.Namespace, Target], list[Source]] = prompt_sources,
 ) -> Bench:
     """Load target, head and prompts as the arguments say. Raises UserError on anything unfit."""
+    if args.out:
+        check_folder(args.out)
     given = HeadChoice(local_folder(args.head), "--head") if args.head else None
     target = Target.load(args.target, dtype=args.dtype)
     choice = given or find_head(target)

@@ -71,6 +71,11 @@ def read_cells(out: Path, budget: str | None = None) -> dict[str, dict[str, Arm]
     for path in sorted((out / "cells" / (budget or budgets[0])).glob("*/*.json")):
         cell = json.loads(path.read_text(encoding="utf-8"))
         found[cell["task"]][cell["arm"]].append(cell)
+    if not found:
+        raise UserError(
+            f"{out} holds no cells of {budget} epochs, only of {', '.join(budgets)}: name one of "
+            "these, or another folder; its tables stay as they are"
+        )
     for task, arms in found.items():
         cells = [cell for of_arm in arms.values() for cell in of_arm]
         kinds = {one_line([cell["prompts"]["ids"], cell["settings"]]) for cell in cells}

@@ -304,7 +304,11 @@ def append_jsonl(path: str | Path, items: Iterable[Record | dict[str, Any]]) -> 
 
 
 def mend_jsonl(path: str | Path) -> bool:
-    """Make a file ready to be gone on with: whether it exists; a torn last line is cut off."""
+    """Make a file ready to be gone on with: whether it exists; a torn last line is cut off.
+
+    A last line that only lacks its end gets one. UserError, with nothing changed, for a torn file
+    that is no JSON Lines.
+    """
     path = Path(path)
     if path.suffix == ".gz":
         raise UserError(
@@ -316,6 +320,22 @@ def mend_jsonl(path: str | Path) -> bool:
     with path.open("r+b") as file:
         data = file.read()
         whole = data.rfind(b"\n") + 1
-        if whole != len(data):
-            file.truncate(whole)
+        last = data[whole:]
+        if last.strip() and _is_object(last):
+            file.write(b"\n")
+            return True
+        if last and not (last.startswith(b"{") and all(map(_is_object, data[:whole].splitlines()))):
+            raise UserError(
+                f"{path} is no file of JSON Lines to go on with; nothing was changed: give another "
+                "name to write to"
+            )
+        file.truncate(whole)
     return whole > 0
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether a line is a whole JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

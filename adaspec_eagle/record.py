@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -97,6 +98,18 @@ def shown(path: str | Path) -> str:
     """A path as a record shows it: relative where it lies under the working directory."""
     path = Path(path).resolve()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder of a result; UserError, before any work, if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--out {folder}: {error.strerror}; name a folder that can be written to"
+        ) from error
 
 
 def write_json(path: str | Path, data: Any) -> Path:

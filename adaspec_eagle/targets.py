@@ -99,7 +99,7 @@ class Target:
         other weights.
         """
         name = str(name_or_path)
-        place = torch.device(device) if device else default_device()
+        place = _device(device) if device else default_device()
         wanted = parse_dtype(dtype) or default_dtype(place)
         _check_attention(kwargs.get("attn_implementation"), place)
         path, gguf_file = _locate(name, gguf_file)
@@ -380,6 +380,18 @@ def _refuse_unsupported(model: Any, name: str) -> None:
         f"target {name!r} ({kind}) has {reason}, which tree verification does not support; use a "
         "decoder-only target with full attention, unquantised, on one device"
     )
+
+
+def _device(name: torch.device | str) -> torch.device:
+    """A device that is there; UserError for others."""
+    try:
+        place = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no device; give cpu, cuda or cuda:N") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"--device {name}: torch sees {count} CUDA devices here; give cpu")
+    return place
 
 
 def _rope_type(config: Any) -> str | None:

@@ -135,6 +135,8 @@ class TrainConfig:
             if (getattr(self, name) or 1) < 1:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed}: must be at least 0 and below 2**32")
         self._check_on_policy()
         for name in self.report_to:
             if name not in (there := get_available_reporting_integrations()):

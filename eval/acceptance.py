@@ -91,6 +91,7 @@ def task_counts(bench: Bench, source: Source, args: argparse.Namespace) -> list[
         args.chain,
         args.seed,
         args.batch_size,
+        args.allow_other_target,
     )
     return [
         {"id": prompt.id} | counts

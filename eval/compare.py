@@ -63,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
 def settings_of(args: argparse.Namespace) -> GridSettings:
     """What all cells have in common; UserError for a budget that is none."""
     try:
+        if args.epochs != "best":
+            args.epochs = f"{float(args.epochs):g}"  # 3 and 3.0 are the same cells
         good = args.epochs == "best" or float(args.epochs) > 0
     except ValueError:
         good = False

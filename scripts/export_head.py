@@ -42,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Export or import; the last line of stdout names the folder."""
     args = parser().parse_args(argv)
+    if args.dry_run and not args.push:
+        raise UserError("--dry-run says what --push REPO would upload: give that, too")
     if args.source:
         if args.push:
             raise UserError("--push goes with --to: a head from elsewhere is not published here")

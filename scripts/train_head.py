@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         name = Path(config.target).name
         out = Path("runs") / f"{name}-{Path(config.head).stem.replace(':', '-')}-{config.method}"
     folder = run_training(config, out, resume)
-    print(f"head: {folder}\nmeasure it: python eval/speedup.py --tree --head {folder}")
+    target = "" if config.target == TrainConfig.target else f" --target {config.target}"
+    print(f"head: {folder}\nmeasure it: python eval/speedup.py --tree{target} --head {folder}")
     return 0
 
 

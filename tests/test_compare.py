@@ -353,6 +353,15 @@ def test_nothing_to_show_is_said(tmp_path, plan):
         script.main(["--out", str(tmp_path), "--tables-only"])
 
 
+def test_tables_of_another_budget_are_not_emptied(tmp_path):
+    assert script.settings_of(script.parser().parse_args(["--epochs", "3.0"])).budget == "3"
+    write_json(tmp_path / "cells" / "3" / "words" / "equal-seed0.json", {})
+    (tmp_path / "table.md").write_text("kept")
+    with pytest.raises(UserError, match="no cells of 2 epochs, only of 3"):
+        script.main(["--out", str(tmp_path), "--tables-only", "--epochs", "2"])
+    assert (tmp_path / "table.md").read_text() == "kept"
+
+
 def test_the_arms_that_come_with_the_program_are_sound():
     plan = read_plan(script.ARMS)
     first, other = plan.primary

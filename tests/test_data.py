@@ -20,6 +20,7 @@ from adaspec_eagle.data import (
     append_jsonl,
     chat_frame,
     load_training,
+    mend_jsonl,
     prompt_messages,
     read_answers,
     read_jsonl,
@@ -345,6 +346,32 @@ def test_a_killed_self_run_goes_on_with_the_same_prompts(tmp_path, monkeypatch, 
     assert written == [f"s{n}-{row}" for n in range(len(written) // 2) for row in range(2)]
     with pytest.raises(UserError, match="another target, --seed"):
         answer_self(target, tmp_path / "a.jsonl", replace(settings, seed=5), silent)
+
+
+@pytest.mark.parametrize(
+    ("there", "after"),
+    [
+        ('{"id": 1}\n{"id": 2', '{"id": 1}\n'),  # torn by a kill
+        ('{"id": 1', ""),
+        ('{"id": 1}\n{"id": 2}', '{"id": 1}\n{"id": 2}\n'),  # whole, by another editor
+        ('{"id": 1}', '{"id": 1}\n'),
+        ("", ""),
+    ],
+)
+def test_a_torn_line_is_cut_and_a_whole_one_is_kept(tmp_path, there, after):
+    path = tmp_path / "a.jsonl"
+    path.write_text(there)
+    assert mend_jsonl(path) == bool(after)
+    assert path.read_text() == after
+
+
+@pytest.mark.parametrize("there", ["dear diary", '{\n "a": 1\n}', "one\ntwo\n{", "[1, 2]"])
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path, there):
+    path = tmp_path / "a.txt"
+    path.write_text(there)
+    with pytest.raises(UserError, match="no file of JSON Lines"):
+        mend_jsonl(path)
+    assert path.read_text() == there
 
 
 def test_a_run_stops_when_the_tokens_are_there(tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from adaspec_eagle import Target
 from adaspec_eagle.bench import Prompt, draft_shapes, find_head
 from adaspec_eagle.errors import UserError, run_main
-from adaspec_eagle.figures import total
+from adaspec_eagle.figures import headline, total
 from adaspec_eagle.measure import PARTS, Outcome, Unit, greedy_baseline, left_padded
 from adaspec_eagle.rescore import agreement, token_gaps
 from adaspec_eagle.stats import AcceptanceStats
@@ -90,6 +91,32 @@ def test_tree_alone_runs_both_baselines_a_chain_of_four_and_the_auto_tree(measur
         ("chain", "chain:4"),
         ("tree", "auto"),
     ]
+
+
+@pytest.mark.parametrize("name", ["speedup", "acceptance", "lossless"])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(here, monkeypatch, name):
+    (here / "taken").write_text("a file")
+    monkeypatch.setattr(Target, "load", None)
+    options = arguments("--tree") if name == "speedup" else arguments()
+    with pytest.raises(UserError, match="--out taken: .*can be written to"):
+        script(name).main([*options, "--prompts", "a.jsonl", "--out", "taken"])
+
+
+def test_acceptance_of_another_targets_head_can_be_asked_for(here, tmp_path):
+    shutil.copytree(here / "runs" / "one" / "head", tmp_path / "head")
+    config = tmp_path / "head" / "config.json"
+    fields = json.loads(config.read_text()) | {"target_fingerprint": "another"}
+    config.write_text(json.dumps(fields))
+    options = arguments("--prompts", "a.jsonl", "--head", str(tmp_path / "head"))
+    with pytest.raises(UserError, match="--allow-other-target"):
+        script("acceptance").main(options)
+    assert script("acceptance").main([*options, "--allow-other-target"]) == 0
+
+
+def test_one_prompt_has_no_interval():
+    arm = {"tokens_per_s": 2.0, "speedup_vs_loop": 2.0, "speedup_vs_loop_ci95": [2.0, 2.0]}
+    found = headline({"loop": {"tokens_per_s": 1.0}, "tree": arm})
+    assert "2.00 times (one prompt, no interval) as fast as `loop`" in found["sentence"]
 
 
 def test_every_ratio_has_an_interval_that_holds_it(measured):

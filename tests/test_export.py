@@ -236,6 +236,14 @@ def test_the_licence_is_the_one_that_the_targets_card_states(tmp_path):
 # ---- hub -----------------------------------------------------------------------------------------
 
 
+def test_a_dry_run_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--push REPO"):
+        script("export_head")(
+            ["--head", "x", "--to", "vllm", "--out", str(tmp_path / "made"), "--dry-run"]
+        )
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_dry_run_asks_nothing_of_the_hub(here, tmp_path, hub, capsys):
     options = ["--to", "vllm", "--out", str(tmp_path / "out"), "--target-licence", "MIT"]
     assert export(*options, "--push", "me/mine", "--dry-run") == 0
