@@ -73,8 +73,8 @@ def read_cells(out: Path, budget: str | None = None) -> dict[str, dict[str, Arm]
         found[cell["task"]][cell["arm"]].append(cell)
     if not found:
         raise UserError(
-            f"{out} holds no cells of {budget} epochs, only of {', '.join(budgets)}: name one of "
-            "these, or another folder; its tables stay as they are"
+            f"{out} holds no cells of --epochs {budget or budgets[0]} (there are folders for "
+            f"{', '.join(budgets)}); its tables stay as they are"
         )
     for task, arms in found.items():
         cells = [cell for of_arm in arms.values() for cell in of_arm]

@@ -320,8 +320,8 @@ def mend_jsonl(path: str | Path) -> bool:
     with path.open("r+b") as file:
         data = file.read()
         whole = data.rfind(b"\n") + 1
-        last = data[whole:]
-        if last.strip() and _is_object(last):
+        last = data[whole:].strip()
+        if last and _is_object(last):
             file.write(b"\n")
             return True
         if last and not (last.startswith(b"{") and all(map(_is_object, data[:whole].splitlines()))):

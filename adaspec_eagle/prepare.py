@@ -46,7 +46,10 @@ def split_records(records: list[Record], held_back: int) -> tuple[list[Record], 
     chosen = set(held)
     prompts = {tuple(records[i].prompt_ids) for i in held}
     rest = [r for i, r in enumerate(records) if i not in chosen]
-    return [r for r in rest if tuple(r.prompt_ids) not in prompts], [records[i] for i in held]
+    train = [r for r in rest if tuple(r.prompt_ids) not in prompts]
+    if not train:
+        raise UserError("all records have the prompts of those held back: training needs others")
+    return train, [records[i] for i in held]
 
 
 def draft_vocab(

@@ -195,6 +195,8 @@ def test_a_prompt_that_is_held_back_is_not_trained_on():
     assert len(held) == 3
     assert not prompts & {tuple(one.prompt_ids) for one in train}
     assert len(train) == 30 - 2 * len(prompts)
+    with pytest.raises(UserError, match="training needs others"):
+        split_records([record(4, 5)] * 5, 1)
 
 
 def test_a_head_that_may_have_seen_what_is_held_back_is_named(folder, run, tmp_path, capsys):
