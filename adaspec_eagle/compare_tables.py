@@ -203,7 +203,7 @@ def latex(found: Summary) -> str:
     """Greedy alpha and its difference, arms by tasks, for booktabs."""
     tasks = list(found["tasks"])
     lines = [
-        "% needs \\usepackage{booktabs}; generated from summary.json",
+        "% needs \\usepackage{booktabs}; generated from the summary of the comparison",
         f"\\begin{{tabular}}{{l{'rr' * len(tasks)}}}",
         "\\toprule",
         " & ".join(["", *(f"\\multicolumn{{2}}{{c}}{{{_escaped(task)}}}" for task in tasks)])
@@ -279,10 +279,11 @@ def forest_png(found: Summary, metrics: Sequence[str] = ("greedy_alpha", "alpha_
 
 
 def write_tables(found: Summary, out: Path) -> None:
-    """summary.json, table.md, .csv, .tex and, if there is a difference, forest.png in OUT."""
-    write_json(out / "summary.json", found)
-    write_text(out / "table.md", markdown(found))
-    write_text(out / "table.csv", csv_text(found))
-    write_text(out / "table.tex", latex(found))
+    """summary-BUDGET.json, table-BUDGET.md, .csv, .tex and, if there is a difference, forest."""
+    budget = found["budget"]
+    write_json(out / f"summary-{budget}.json", found)
+    write_text(out / f"table-{budget}.md", markdown(found))
+    write_text(out / f"table-{budget}.csv", csv_text(found))
+    write_text(out / f"table-{budget}.tex", latex(found))
     if _differences(found):
-        write_bytes(out / "forest.png", forest_png(found))
+        write_bytes(out / f"forest-{budget}.png", forest_png(found))

@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,11 @@ GIVEN = ("target", "seed", "take", "dtype")  # settings of the grid or the cell,
 FLOPS = (
     "head FLOPs in forward passes of the arm's own head over one answer token of the training "
     "data: 3 a token and epoch (forward 1, backward 2); AdaSPEC's reference stage the same, and 1 "
-    "for the reference head's losses, which are computed once (with --on-policy in every epoch); a "
-    "moving average 1 a token and epoch; an answer that the head writes 2 a token. Comparable "
-    "between heads of the same form only. The target's own work is not "
-    "in it: one pass a task, shared by all arms, but another output layer in every step for losses "
-    "and selections that need its full vocabulary, and a pass for answers that the head writes"
+    "for the reference head's losses, which are computed once (in every epoch with --on-policy and "
+    "--features recompute); a moving average 1 a token and epoch; an answer that the head writes 2 "
+    "a token. Comparable between heads of the same form only. The target's own work is not in it: "
+    "one pass a task, shared by all arms, but another output layer in every step for losses and "
+    "selections that need its full vocabulary, and a pass for answers that the head writes"
 )
 
 
@@ -68,30 +68,34 @@ class Plan:
 
     def cost(self, name: str, epochs: float) -> float:
         """Head FLOPs of an arm at a given budget, as FLOPS defines them."""
-        config, own = config_of(self.arms[name], {}), self.epochs(name, epochs)
-        rewritten = 2 * config.on_policy * max(0, math.ceil(own) - 1)
-        return self._each(name) * own + rewritten + self._once(name, epochs)
+        arm, own = self.arms[name], self.epochs(name, epochs)
+        found = self._each(name) * own
+        found += 2 * config_of(arm, {}).on_policy * max(0, math.ceil(own) - 1)
+        if arm.reference:
+            found += min(1.0, own) if self._scored_once(name) else own
+            found += self.cost(arm.reference, epochs)
+        return found
 
-    def _each(self, name: str) -> float:
-        """What an epoch costs."""
-        arm, config = self.arms[name], config_of(self.arms[name], {})
-        passes = "average" in needs(config.selection) or bool(arm.reference and config.on_policy)
-        return 1 + BACKWARD + passes
+    def _each(self, name: str) -> int:
+        """What an epoch costs, the reference head's part left out."""
+        return 1 + BACKWARD + ("average" in needs(config_of(self.arms[name], {}).selection))
 
-    def _once(self, name: str, epochs: float) -> float:
-        """What comes before the first epoch."""
-        reference = self.arms[name].reference
-        if not reference:
-            return 0.0
-        beforehand = not config_of(self.arms[name], {}).on_policy
-        return beforehand + self.cost(reference, epochs)
+    def _scored_once(self, name: str) -> bool:
+        """Whether the reference head's losses are kept; else they are computed in every epoch."""
+        config = config_of(self.arms[name], {})
+        return not config.on_policy and config.features != "recompute"
 
     def epochs(self, name: str, epochs: float) -> float:
         """How many passes over its data an arm makes at a given budget."""
-        arm = self.arms[name]
-        if arm.match:
-            return (self.cost(arm.match, epochs) - self._once(name, epochs)) / self._each(name)
-        return epochs * float(arm.config.get("epochs", 1))
+        arm, each = self.arms[name], self._each(name)
+        if not arm.match:
+            return epochs * float(arm.config.get("epochs", 1))
+        left = self.cost(arm.match, epochs)
+        if not arm.reference:
+            return left / each
+        left -= self.cost(arm.reference, epochs)
+        made = left / (each + 1)  # where every epoch scores with the reference head, too
+        return max(made, (left - 1) / each) if self._scored_once(name) else made
 
     def check(self) -> None:
         """Raise UserError where arms cannot be what they say."""
@@ -131,7 +135,10 @@ def config_of(arm: CellArm, given: dict[str, Any]) -> TrainConfig:
             raise UserError(
                 f"arm {arm.name}: {name} {value!r} is text to YAML, which reads numbers like 3.0e-4"
             )
-    return TrainConfig(**values)
+    try:
+        return TrainConfig(**values)
+    except UserError as error:
+        raise UserError(f"arm {arm.name}: {error}") from error
 
 
 def read_plan(path: Path) -> Plan:
@@ -160,7 +167,8 @@ def read_plan(path: Path) -> Plan:
                 raise UserError(f"{path}: there is no arm {name!r}")
         plan.check()
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no arms file: {error!r}; see eval/arms.yaml") from error
+        why = str(error) if isinstance(error, yaml.YAMLError) else repr(error)  # with its line
+        raise UserError(f"{path} is no arms file: {why}; see eval/arms.yaml") from error
     return plan
 
 
@@ -237,6 +245,9 @@ def run_grid(
     gone, as where records came from another machine, is trained again.
     """
     _check_depth(plan, cells, settings)
+    _check_files(plan, [c for c in cells if not _record(c, out, settings).exists()], settings)
+    for task in dict.fromkeys(cell.task for cell in cells):
+        prompts_of(task, settings, workshop.target)  # an error before hours of training
     done, began = 0, time.monotonic()
     while open_cells := [cell for cell in cells if not _record(cell, out, settings).exists()]:
         before = done
@@ -275,6 +286,30 @@ def _check_depth(plan: Plan, cells: Sequence[Cell], settings: GridSettings) -> N
                 f"arm {name}: its head drafts {deepest} tokens deep; give --depth {deepest}, or "
                 f"the arm unroll: {settings.depth}"
             )
+
+
+def _check_files(plan: Plan, cells: Sequence[Cell], settings: GridSettings) -> None:
+    """Raise UserError for an answer file that is not there."""
+    for cell in cells:
+        for name in data_files(plan.arms[cell.arm], cell.task, settings):
+            if not Path(name).is_file():
+                raise UserError(
+                    f"task {cell.task}: there is no {name}; make it (scripts/make_data.py --out "
+                    f"{name}), or say where it is with --data PATTERN"
+                )
+
+
+def data_files(arm: CellArm, task: str, settings: GridSettings) -> list[str]:
+    """The answer files that an arm is trained on."""
+    return [for_task(str(name), task) for name in arm.config.get("data", [settings.data])]
+
+
+def for_task(pattern: str, task: str) -> str:
+    """A pattern with the task's name put in; UserError for one with another field."""
+    try:
+        return pattern.format(task=task)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"{pattern!r}: {{task}} is the only field that a pattern has") from error
 
 
 def _lost(
@@ -316,7 +351,7 @@ def head_folder(cell: Cell, work: Path, settings: GridSettings) -> Path:
 def prompts_of(task: str, settings: GridSettings, target: Target) -> Source:
     """The prompts that a task is measured on."""
     room = settings.max_new_tokens + settings.depth
-    return read_source(settings.prompts.format(task=task), target, settings.limit, room)
+    return read_source(for_task(settings.prompts, task), target, settings.limit, room)
 
 
 def run_cell(
@@ -324,14 +359,13 @@ def run_cell(
 ) -> dict[str, Any]:
     """Train one head, going on from its last checkpoint, and measure it; the cell's record."""
     arm, folder = plan.arms[cell.arm], cell.within(work, settings)
-    files = arm.config.get("data", [settings.data])
     given: dict[str, Any] = {
         "target": settings.target,
         "dtype": settings.dtype,
         "epochs": plan.epochs(cell.arm, settings.epochs),
         "seed": cell.seed,
         "take": "best" if settings.budget == "best" else "last",
-        "data": [str(name).format(task=cell.task) for name in files],
+        "data": data_files(arm, cell.task, settings),
     }
     if arm.reference:
         needed = Cell(cell.task, arm.reference, cell.seed)
@@ -342,7 +376,8 @@ def run_cell(
         _check_same(folder, config)
     if config.features is None:
         config.features = shared_features(config, workshop.target, work)
-    trained = run_training(config, folder, resumed, workshop)
+    begun = replace(config, features=None) if resumed else config  # the run knows where they are
+    trained = run_training(begun, folder, resumed, workshop)
     head = load_head(trained, workshop.target)
     source = prompts_of(cell.task, settings, workshop.target)
     ids = [prompt.ids for prompt in source.prompts]

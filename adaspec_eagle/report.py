@@ -93,9 +93,9 @@ class Page:
 def write_report(folders: Sequence[Path], figures: Path | None = None) -> str:
     """The page about these folders; with `figures` also each drawing as PNG and PDF there.
 
-    A folder holds a result.json, a comparison's summary.json or cells, or a head's train.json
+    A folder holds a result.json, a comparison's summaries or cells, or a head's train.json
     (itself, or in `head` and `reference`).
-    Raises UserError for a folder with none of them.
+    Raises UserError for a folder with none of them, and for a record that is damaged.
     """
     page = Page()
     for folder in folders:
@@ -104,7 +104,11 @@ def write_report(folders: Sequence[Path], figures: Path | None = None) -> str:
         if not found and not cells:
             raise UserError(f"{folder} has no result.json and no head with a train.json")
         for path in found:
-            add_file(page, path)
+            try:
+                add_file(page, path)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                why = f"{path} is damaged or of another version of this program ({error!r})"
+                raise UserError(f"{why}: measure again, or leave it out") from error
         if cells:
             add_cells(page, folder, cells)
     page.section("To cite and to paste")
@@ -120,7 +124,7 @@ def write_report(folders: Sequence[Path], figures: Path | None = None) -> str:
 def result_files(folder: Path) -> list[Path]:
     """What a folder may hold, in the order of the page."""
     heads = [folder / stage / "train.json" for stage in ("", "reference", "head")]
-    return [folder / "result.json", folder / "summary.json", *heads]
+    return [folder / "result.json", *sorted(folder.glob("summary-*.json")), *heads]
 
 
 def add_file(page: Page, path: Path) -> None:
@@ -188,9 +192,10 @@ def tiles(view: Figures) -> str:
     best = view["headline"]
     arm = view["arms"][best["arm"]]
     low, high = best["ci95"]
+    bounds = f" ({low:.2f} to {high:.2f})" if low < high else ""  # of one prompt there is none
     reference = matched_with(view)
     shown = [
-        (f"{best['speedup']:.2f} ×", f"over {best['over']} ({low:.2f} to {high:.2f})"),
+        (f"{best['speedup']:.2f} ×", f"over {best['over']}{bounds}"),
         (f"{arm['tokens_per_s']:.1f}", "tokens/s, end to end"),
         (f"{arm['tau']:.2f}", "tokens a round (tau)"),
         (f"{arm['matched']}/{arm['total']}", f"answers equal to {reference}'s"),

@@ -6,7 +6,7 @@
 
 A grid of cells (arm, task, seed). Run the same command again after a kill, or at the same time in
 several processes or on several machines that share the folders: cells are independent. Prompts of
---prompts are read once a cell, at its end; checkpoints are chosen on held-back training records.
+--prompts are decoded once a cell, at its end; checkpoints are chosen on held-back training records.
 The last line of stdout is JSON: the seeds that are there, by task and arm.
 """
 
@@ -99,16 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = summary(args.out, plan, settings.budget)
     write_tables(found, args.out)
     print(markdown(found))
-    print(
-        one_line(
-            {
-                "cells": {
-                    t: {a: f["seeds"] for a, f in arms.items()}
-                    for t, arms in found["tasks"].items()
-                }
-            }
-        )
-    )
+    tasks = found["tasks"].items()
+    seeds = {task: {name: arm["seeds"] for name, arm in arms.items()} for task, arms in tasks}
+    print(one_line({"cells": seeds}))
     return 0
 
 

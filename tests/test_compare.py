@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+from adaspec_eagle import grid
 from adaspec_eagle.contrasts import (
     Arm,
     _row,
@@ -33,6 +34,7 @@ from adaspec_eagle.grid import (
 from adaspec_eagle.paths import taken
 from adaspec_eagle.record import write_json
 from adaspec_eagle.stats import AcceptanceStats
+from adaspec_eagle.train import Workshop
 from eval import compare as script
 from tests.records import answers_file
 from tests.tiny import tiny_target_folder
@@ -72,6 +74,16 @@ def test_budgets_are_matched_by_head_flops(plan):
     both = replace(plan.arms["adaspec"], config=plan.arms["adaspec"].config | {"on_policy": 0.5})
     other = Plan(plan.arms | {"adaspec": both}, plan.primary)
     assert other.cost("adaspec", 3) == 9 + (3 + 1) * 3 + 2  # the reference's losses every epoch
+    again = plan.arms["adaspec"].config | {"features": "recompute"}
+    other = Plan(plan.arms | {"adaspec": replace(plan.arms["adaspec"], config=again)}, plan.primary)
+    assert other.cost("adaspec", 3) == 9 + (3 + 1) * 3
+    assert plan.cost("adaspec", 0.5) == 1.5 + 1.5 + 0.5  # half of the records were scored
+    for epochs in (0.5, 3):
+        held = replace(plan.arms["adaspec"], match="equal", config={})
+        for config in ({}, {"features": "recompute"}):
+            arms = plan.arms | {"held": replace(held, config=held.config | config)}
+            other = Plan(arms, plan.primary)
+            assert other.cost("held", epochs) == pytest.approx(plan.cost("equal", epochs))
 
 
 def test_cells_go_seed_by_seed(plan):
@@ -96,7 +108,8 @@ def test_cells_go_seed_by_seed(plan):
         ("{select: adaspec-ema}", "{select: adaspec-ema, data: x.jsonl}", "list of files"),
         ("{select: adaspec-ema}", "{select: none, match: distillspec, head: eagle1}", "in head"),
         ("primary:", "first:", "no arms file"),
-        ("select: adaspec-ema", "select: adaspec-emma", "unknown --select"),
+        ("select: adaspec-ema", "select: adaspec-emma", "arm ema: unknown --select"),
+        ("primary: [adaspec, equal]", "primary: [adaspec, equal", "line 9"),
     ],
 )
 def test_an_arms_file_with_a_mistake_is_refused(tmp_path, old, new, message):
@@ -270,15 +283,15 @@ def test_a_grid_is_made_once_resumed_and_shown(tmp_path, capsys):
     assert len(record["per_prompt"]) == 4
     assert len(list((tmp_path / "work" / "features").glob("*/index.jsonl"))) == 1
     assert not list((tmp_path / "work").rglob("checkpoints"))
-    found = json.loads((tmp_path / "out" / "summary.json").read_text())
+    found = json.loads((tmp_path / "out" / "summary-1.json").read_text())
     assert found["tasks"]["words"]["equal"]["steps"] > found["tasks"]["words"]["adaspec"]["steps"]
-    text = (tmp_path / "out" / "table.md").read_text()
+    text = (tmp_path / "out" / "table-1.md").read_text()
     assert "| published | Phi-2 |" in text
     assert "| words | eagle3 (distillspec) | 2 |" in text
     assert "| here |  | adaspec, 1 epochs |" in text
-    assert (tmp_path / "out" / "table.tex").read_text().count("\\\\") >= 5
-    assert (tmp_path / "out" / "forest.png").read_bytes().startswith(b"\x89PNG")
-    lines = (tmp_path / "out" / "table.csv").read_text().splitlines()
+    assert (tmp_path / "out" / "table-1.tex").read_text().count("\\\\") >= 5
+    assert (tmp_path / "out" / "forest-1.png").read_bytes().startswith(b"\x89PNG")
+    lines = (tmp_path / "out" / "table-1.csv").read_text().splitlines()
     assert len(lines) == 1 + 4 * 5
 
 
@@ -334,6 +347,21 @@ def test_chains_deeper_than_answers_or_heads_are_refused_before_any_work(plan, t
         run_grid(plan, [Cell("a", "medusa", 0)], settings, None, tmp_path, tmp_path)
 
 
+def test_files_that_are_not_there_are_named_before_any_work(plan, tmp_path, monkeypatch):
+    cells, settings = [Cell("a", "ema", 0)], script.settings_of(script.parser().parse_args([]))
+    work = (Workshop(None), tmp_path, tmp_path)
+    monkeypatch.setattr(grid, "run_cell", None)
+    with pytest.raises(UserError, match="task a: there is no runs/data/a.jsonl; make it"):
+        run_grid(plan, cells, settings, *work)
+    settings = replace(settings, data="{set}.jsonl")
+    with pytest.raises(UserError, match="'{set}.jsonl': {task} is the only field"):
+        run_grid(plan, cells, settings, *work)
+    answers_file(tmp_path / "a.jsonl")
+    settings = replace(settings, data=str(tmp_path / "{task}.jsonl"), prompts="no-{task}.jsonl")
+    with pytest.raises(UserError, match="no-a.jsonl does not exist"):
+        run_grid(plan, cells, settings, *work)
+
+
 def test_best_of_more_epochs_is_another_budget(plan):
     settings = script.settings_of(
         script.parser().parse_args(["--epochs", "best", "--most-epochs", "5"])
@@ -356,10 +384,10 @@ def test_nothing_to_show_is_said(tmp_path, plan):
 def test_tables_of_another_budget_are_not_emptied(tmp_path):
     assert script.settings_of(script.parser().parse_args(["--epochs", "3.0"])).budget == "3"
     write_json(tmp_path / "cells" / "3" / "words" / "equal-seed0.json", {})
-    (tmp_path / "table.md").write_text("kept")
+    (tmp_path / "table-1.md").write_text("kept")
     with pytest.raises(UserError, match="no cells of --epochs 2 .*for 3"):
         script.main(["--out", str(tmp_path), "--tables-only", "--epochs", "2"])
-    assert (tmp_path / "table.md").read_text() == "kept"
+    assert (tmp_path / "table-1.md").read_text() == "kept"
 
 
 def test_the_arms_that_come_with_the_program_are_sound():
