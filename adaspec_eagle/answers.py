@@ -78,7 +78,7 @@ def answer_prompts(
     target: Target, prompts: list[Prompt], out: Path, settings: Settings, say: Say
 ) -> Tally:
     """Answer prompts that are there; what `out` holds already is not asked again."""
-    tally, done = start(target, out, settings, say)
+    tally, done = start(target, out, settings.temperature, say, settings.max_new_tokens)
     asks = _not_done(target, prompts, settings, tally, done, say)
     if not asks or _enough(tally, settings):
         return tally
@@ -92,7 +92,7 @@ def give_answers(
     target: Target, prompts: list[Prompt], out: Path, settings: Settings, say: Say
 ) -> Tally:
     """Write the answers that the prompts' file gives, in the target's tokens."""
-    tally, done = start(target, out, settings, say)
+    tally, done = start(target, out, None, say)
     asks = _not_done(target, prompts, settings, tally, done, say)
     size = CHUNK * settings.batch_size
     for begin in range(0, len(asks), size):
@@ -105,7 +105,7 @@ def give_answers(
 def answer_self(target: Target, out: Path, settings: Settings, say: Say) -> Tally:
     """Let the target write prompts and answer them until `out` holds `settings.tokens` tokens."""
     assert settings.tokens is not None, "self-written prompts have no end of their own"
-    tally, done = start(target, out, settings, say)
+    tally, done = start(target, out, settings.temperature, say, settings.max_new_tokens)
     journal = Journal.open(target, out, settings)
     if not _enough(tally, settings):
         say(estimate_self(target, _missing(tally, settings)))
@@ -208,17 +208,30 @@ def _fresh(
     return [ask for ask in asks if ask.prompt["id"] not in done]
 
 
-def start(target: Target, out: Path, settings: Settings, say: Say) -> tuple[Tally, set[str]]:
-    """(counts, ids) of what `out` holds; refuses a file made by another target."""
+def start(
+    target: Target, out: Path, temperature: float | None, say: Say, longest: int | None = None
+) -> tuple[Tally, set[str]]:
+    """(counts, ids) of what `out` holds.
+
+    temperature None: the answers are given ones. Raises UserError for a file made by another
+    target, at another temperature, or with answers of more than `longest` tokens.
+    """
     tally, done = Tally(), set()
     for record in read_answers(out) if mend_jsonl(out) else []:
         if record.fingerprint != target.fingerprint:
             raise UserError(
                 f"{out} holds answers of another target ({record.target}); choose another --out"
             )
-        if record.temperature not in (None, settings.temperature):
+        if record.temperature != temperature:
+            kinds = [f"at temperature {t:g}" if t is not None else "given" for t in
+                     (record.temperature, temperature)]  # fmt: skip
             raise UserError(
-                f"{out} holds answers at temperature {record.temperature}; choose another --out"
+                f"{out} holds answers {kinds[0]}, not {kinds[1]} ones; choose another --out"
+            )
+        if longest is not None and len(record.answer_ids) > longest:
+            raise UserError(
+                f"{out} was made with a larger --max-new-tokens than {longest}: an answer has "
+                f"{len(record.answer_ids)}; give what it was made with, or another --out"
             )
         done.add(record.id)
         tally.records += 1

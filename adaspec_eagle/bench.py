@@ -137,10 +137,18 @@ def seed(text: str) -> int:
 def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
     """`--tree` and `--chain`."""
     add = parser.add_argument
-    add("--tree", nargs="*", choices=TREES, metavar="TREE",
+    add("--tree", nargs="*", type=tree_name, metavar="TREE",
         help="draft trees: auto (what pays on this machine, the default), dynamic, static, or "
-        "several of them; alone it also runs a chain of 4")  # fmt: skip
+        "several of them; with it goes a chain, of 4 without --chain")  # fmt: skip
     add("--chain", type=positive, metavar="K", help="draft chains of K tokens")
+
+
+def tree_name(text: str) -> str:
+    """One of TREES, for argparse."""
+    if text not in TREES:
+        way = f"choose from {', '.join(TREES)}; a chain of K tokens is --chain K"
+        raise argparse.ArgumentTypeError(f"{text!r} is no tree: {way}")
+    return text
 
 
 def draft_shapes(tree: Sequence[str] | None, chain: int | None) -> dict[str, str]:

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.formats import hub_id
+from adaspec_eagle.record import with_interval
 from adaspec_eagle.storage import HUB_ERRORS, TOKEN_MAP
 from adaspec_eagle.targets import DEFAULT_TARGET
 
@@ -135,18 +136,14 @@ def _figures(notes: Record | None, result: Record | None) -> str:
     for key, arm in result["arms"].items():
         if arm.get("nodes") and key not in result.get("baselines", {}):
             alpha = " ".join(f"{a:.2f}" for a in arm.get("alpha_by_depth") or []) or "-"
-            speed = f"{arm['speedup_vs_generate']:.2f} {_bounds(arm['speedup_vs_generate_ci95'])}"
-            tau = f"{arm['tau']:.2f} {_bounds(arm['tau_ci95'])}"
+            names = ("speedup_vs_generate", "tau")
+            speed, tau = (with_interval(arm[name], arm[f"{name}_ci95"]) for name in names)
             lines.append(f"| {arm['shape']} | {tau} | {alpha} | {speed} |")
     files = ", ".join(f"{Path(p['file']).name} ({p['prompts']})" for p in result["prompts"])
     place = result["environment"]["cuda"] or result["environment"]["cpu"]
     lines += ["", f"Greedy, {result['target']['dtype']}, {place}, prompts: {files}. Brackets: 95 %"]
     lines += ["bootstrap intervals over prompts. Speed-ups are end to end, in this package."]
     return "\n".join(lines)
-
-
-def _bounds(interval: list[float]) -> str:
-    return f"[{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def _serve(fields: Fields, to: str | None, target: str, where: str) -> str:

@@ -43,8 +43,8 @@ from adaspec_eagle.selection import (
     AVERAGE_DECAY,
     OBSERVED,
     TokenStats,
+    chosen_weights,
     divisor,
-    find_selection,
     keep_at,
     needs,
 )
@@ -547,7 +547,7 @@ class Distiller(Trainer):
             reference,
             **losses.observed,
         )
-        return find_selection(self.objective.select)(stats)
+        return chosen_weights(self.objective.select, stats)
 
     def evaluate(
         self,

@@ -81,6 +81,8 @@ def import_head(name: str | Path, source: str, out: Path, target: str | None = N
     check_free(out)
     folder = local_folder(name)
     config = read_json(folder / "config.json")
+    if is_ours(config):
+        raise UserError(f"{folder} is in this package's own layout: there is nothing to import")
     verifier = (config.get("speculators_config") or {}).get("verifier") or {}
     known = target or (config.get(OURS) or {}).get("target") or verifier.get("name_or_path")
     if known is None:
@@ -112,8 +114,10 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def read_result(path: Path, folder: Path) -> dict[str, Any]:
-    """A result.json of eval/speedup.py; UserError if it measured another head."""
+    """A result.json of eval/speedup.py; UserError if it is none, or measured another head."""
     result = read_json(path)
+    if result.get("kind") != "speedup":
+        raise UserError(f"{path} is no result of eval/speedup.py: its kind is {result.get('kind')}")
     if (result.get("head") or {}).get("sha256") != sha256(weights_file(folder)):
         raise UserError(f"{path} is no measurement of the head in {folder}: other weights")
     return result

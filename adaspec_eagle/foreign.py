@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from adaspec_eagle.bench import Bench
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.measure import Arm, plain_greedy, synchronize, trim
-from adaspec_eagle.plugins import function_of
+from adaspec_eagle.plugins import function_of, is_function_path
 from adaspec_eagle.stats import AcceptanceStats
 
 Answered = tuple[list[list[int]], AcceptanceStats]
@@ -127,6 +127,13 @@ def count_rounds(came: Sequence[int], new_tokens: int, prefill: float) -> Accept
 
 
 # ---- a decoder from a file -----------------------------------------------------------------------
+
+
+def check_decoder(text: str) -> None:
+    """Raise UserError where `text` names no function of a file."""
+    if not is_function_path(text):
+        raise UserError(f"--arm {text}: give a file and the function in it, my_decoder.py:forward")
+    function_of(text)
 
 
 def decoder_arm(bench: Bench, text: str) -> Arm:

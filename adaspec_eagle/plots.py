@@ -74,13 +74,13 @@ def matched_with(result: Figures) -> str:
 
 
 def ratio(name: str, digits: int = 2) -> Callable[[Figures], str]:
-    """A cell with the ratio `name` and its interval; a baseline against itself has none."""
+    """A cell with the ratio `name` and its interval (a baseline against itself has none)."""
 
     def cell(arm: Figures) -> str:
         value, bounds = arm[name], arm[f"{name}_ci95"]
         if value is None:
             return "-"
-        return with_interval(value, bounds if bounds and bounds[0] < bounds[1] else None, digits)
+        return with_interval(value, bounds, digits)
 
     return cell
 

@@ -192,8 +192,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 
 def with_interval(value: float, bounds: Sequence[float] | None, digits: int = 2) -> str:
-    """`1.52 [1.48, 1.57]`; without bounds the value alone."""
+    """`1.52 [1.48, 1.57]`; without bounds, or with those of one prompt alone, the value alone."""
     text = f"{value:.{digits}f}"
-    if bounds is None:
+    if bounds is None or bounds[0] == bounds[1]:
         return text
     return f"{text} [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"

@@ -220,6 +220,20 @@ def find_selection(name: str) -> Selection:
     return SELECTIONS[name] if name in SELECTIONS else function_of(name)
 
 
+def chosen_weights(name: str, stats: TokenStats) -> Tensor:
+    """The weights `[S, M]` that a selection gives; UserError if a user's own gives none."""
+    made = find_selection(name)(stats)
+    if name in SELECTIONS:
+        return made
+    wanted = tuple(stats.mask.shape)
+    if not isinstance(made, Tensor) or tuple(made.shape) != wanted:
+        got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        raise UserError(f"--select {name} gave {got}, not a tensor of weights {wanted}")
+    if not bool((made.isfinite() & (made >= 0)).all()):
+        raise UserError(f"--select {name} gave weights that are negative or not finite")
+    return made
+
+
 def needs(name: str) -> tuple[str, ...]:
     """What a selection reads of TokenStats; one of a user's own is given all but a reference."""
     return NEEDS.get(name, ()) if name in SELECTIONS else OBSERVED

@@ -226,6 +226,13 @@ class Target:
         """
         if self.tokenizer is None:
             raise UserError(f"target {self.name!r} has no tokenizer; give prompts as token ids")
+        for message in messages:
+            if any("\ud800" <= letter <= "\udfff" for letter in message["content"]):
+                raise UserError(
+                    f"text that is no Unicode, in a message of the {message['role']} that begins "
+                    f"with {message['content'][:40]!r}: it holds half a character (a surrogate), "
+                    "or bytes that are not UTF-8"
+                )
         if self.tokenizer.chat_template:
             text = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False

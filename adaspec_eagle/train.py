@@ -5,7 +5,7 @@ import math
 import time
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ from adaspec_eagle.processes import (
 )
 from adaspec_eagle.record import environment, write_json, write_text
 from adaspec_eagle.selection import check_selection, needs, parse_keep
-from adaspec_eagle.targets import ATTENTIONS, DEFAULT_TARGET, Target, describe
+from adaspec_eagle.targets import ATTENTIONS, DEFAULT_TARGET, Target, default_device, describe
 from adaspec_eagle.zero import SplitTarget, gathered, zero_stage
 
 METHODS = {"adaspec": "adaspec", "distillspec": "none"}  # preset -> selection
@@ -215,6 +215,7 @@ def run_training(
     _optimizer(config)
     keep_freed_memory()
     device = join_processes(config.device)
+    _check_half(config.dtype, device)
     with main_first():
         config = _settle(config, out, resume)
     config.device = device or config.device
@@ -269,6 +270,12 @@ def _optimizer(config: TrainConfig) -> str:
             "--optimizer adamw, or launch with scripts/accelerate/data_parallel.yaml"
         )
     return "adamw"
+
+
+def _check_half(dtype: str | None, device: str | None) -> None:
+    """Raise UserError for float16 on a CPU, where the scaled gradients that it needs are not."""
+    if dtype == "float16" and (device or default_device().type) == "cpu":
+        raise UserError("--dtype float16 trains on CUDA alone; on CPU give bfloat16 or float32")
 
 
 def _check_split(config: TrainConfig) -> None:
@@ -347,8 +354,16 @@ def _settle(config: TrainConfig, out: Path, resume: bool) -> TrainConfig:
             raise UserError(
                 f"nothing to resume in {out}: {path} is missing; start without --resume"
             )
-        saved = TrainConfig(**json.loads(path.read_text())["config"])
+        saved = _begun(path)
         _check_split(saved)
+        for option in fields(TrainConfig):
+            given, begun = getattr(config, option.name), getattr(saved, option.name)
+            if given not in (getattr(TrainConfig(), option.name), begun):
+                flag = option.name.replace("_", "-")
+                raise UserError(
+                    f"--{flag} {given}: {out} was begun with {begun}, and --resume goes on as it "
+                    f"was; leave --{flag} out, or start again with another --out"
+                )
         return saved
     _check_split(config)
     if path.exists() and ((out / "checkpoints").exists() or (out / "head").exists()):
@@ -358,6 +373,17 @@ def _settle(config: TrainConfig, out: Path, resume: bool) -> TrainConfig:
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, {"config": asdict(config), "environment": environment()})
     return config
+
+
+def _begun(path: Path) -> TrainConfig:
+    """The config of a run.json; UserError if that file is damaged."""
+    try:
+        return TrainConfig(**json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged or of another version ({error!r}), so that the run cannot be gone "
+            "on with: start again with another --out"
+        ) from error
 
 
 def _prepare(
@@ -511,7 +537,10 @@ def _stage(
         "data": job.data.facts,
         "epochs": epochs,
         "steps": trainer.state.max_steps,
-        "answer_token_passes": round(job.data.facts["answer_tokens"] * epochs),
+        "answer_token_passes": round(
+            job.data.facts["answer_tokens"]
+            * epochs_made(trainer.state.max_steps, len(job.data.train), _window(job.config))
+        ),
         "best_tau_sim": trainer.state.best_metric,
         "best_step": trainer.state.best_global_step,
         "seconds_since_last_start": time.perf_counter() - begin,
@@ -525,6 +554,17 @@ def _stage(
         made.eval().to(job.target.dtype).save(folder, notes)
     all_meet()
     return folder
+
+
+def epochs_made(steps: int, records: int, window: int) -> float:
+    """Passes over the records in `steps` of `window` records; an epoch's last may have fewer."""
+    whole, more = divmod(steps, -(-records // window))
+    return whole + min(1.0, more * window / records)
+
+
+def _window(config: TrainConfig) -> int:
+    """Records of an optimiser step, over all processes."""
+    return config.batch_size * config.accumulate * process_count()
 
 
 def _training_answers(
@@ -577,8 +617,7 @@ def _fresh_head(job: Job, name: str) -> DraftHead:
 def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
     """The Trainer's arguments for one stage."""
     config = job.config
-    window = config.batch_size * config.accumulate * process_count()
-    steps = max(1, round(len(job.data.train) / window * epochs))
+    steps = max(1, round(len(job.data.train) / _window(config) * epochs))
     every = max(1, steps // config.evaluations)
     made = TrainingArguments(
         output_dir=str(folder),

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from adaspec_eagle import acceptance
 from adaspec_eagle.bench import Bench, Source, add_arguments, describe_bench, open_bench, positive
-from adaspec_eagle.errors import explain_out_of_memory, run_main
+from adaspec_eagle.errors import UserError, explain_out_of_memory, run_main
 from adaspec_eagle.figures import DEFINITIONS as COMMON
 from adaspec_eagle.figures import draft_figures, without_prompts
 from adaspec_eagle.record import one_line, write_json
@@ -46,7 +46,14 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Decode, score, print, record."""
     args = parser().parse_args(argv)
+    if args.max_new_tokens < 2:
+        raise UserError("--max-new-tokens 1: nothing is drafted for a first token; give 2 or more")
     bench = by_task(open_bench(args))
+    if args.chain > (bench.head.deepest or args.chain):
+        raise UserError(
+            f"--chain {args.chain}: this head drafts {bench.head.deepest} tokens deep; give "
+            f"--chain {bench.head.deepest}"
+        )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(f"head: {bench.choice.folder} ({bench.choice.why})", markup=False, soft_wrap=True)
     tasks = {}

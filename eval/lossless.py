@@ -10,6 +10,7 @@ logit. Exit status 1 if that does not hold. The last line of stdout is the resul
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,12 +49,20 @@ def parser() -> argparse.ArgumentParser:
     add_draft_arguments(made)
     made.add_argument(
         "--margin",
-        type=float,
+        type=margin,
         default=MARGIN,
         help="bfloat16 and float16: allowed gap to the largest logit; default: %(default)s",
     )
     add_arguments(made, PROMPTS)
     return made
+
+
+def margin(text: str) -> float:
+    """A gap between logits, for argparse."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no gap: give a number of at least 0")
+    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

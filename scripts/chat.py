@@ -8,6 +8,7 @@ Ctrl-C stops an answer, Ctrl-D (the end of the input) the program.
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     messages = [{"role": "system", "content": args.system}] if args.system else []
     chat = Chat(target, head, shape, console, options, messages)
     chat.check()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text: told, and go on
     chat.run(lines(console))
     return 0
 

@@ -155,6 +155,17 @@ def test_what_no_question_could_mend_ends_the_script_at_once(
     assert named in capsys.readouterr().err
 
 
+def test_a_line_that_is_no_text_is_an_error_and_the_next_is_answered(tmp_path, monkeypatch, capsys):
+    folder = tiny_target_folder(tmp_path / "target")
+    given = io.TextIOWrapper(io.BytesIO(b"w3 \xff w4\nw5\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", given)
+    more = ["--no-draft", "--max-new-tokens", "5", "--dtype", "float32"]
+    assert chat_script.main(["--target", folder, *more]) == 0
+    shown = capsys.readouterr().out
+    assert "error: text that is no Unicode" in shown
+    assert shown.count("\n5 tokens, ") == 1
+
+
 def test_the_script_answers_a_pipe(tmp_path, monkeypatch, capsys):
     folder = tiny_target_folder(tmp_path / "target")
     monkeypatch.setattr(sys, "stdin", io.StringIO("w3 w4\nw5\n"))

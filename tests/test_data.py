@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from adaspec_eagle import answers, asks, data, selfdata
-from adaspec_eagle.answers import answer_prompts, answer_self
+from adaspec_eagle.answers import answer_prompts, answer_self, give_answers
 from adaspec_eagle.apart import Measured
 from adaspec_eagle.asks import Ask, Settings, batches, tokenise
 from adaspec_eagle.data import (
@@ -413,8 +413,19 @@ def test_a_file_of_another_target_or_temperature_is_not_gone_on_with(tmp_path):
     with pytest.raises(UserError, match="another target"):
         answer_prompts(tiny_target("qwen3"), [prompt(0)], out, SETTINGS, silent)
     warm = replace(SETTINGS, temperature=1.0)
-    with pytest.raises(UserError, match="temperature"):
+    with pytest.raises(UserError, match="temperature 0, not at temperature 1 ones"):
         answer_prompts(tiny_target(), [prompt(0)], out, warm, silent)
+    with pytest.raises(UserError, match="temperature 0, not given ones"):
+        give_answers(tiny_target(), [prompt(0)], out, SETTINGS, silent)
+    (record,) = read_answers(out)
+    short = replace(SETTINGS, max_new_tokens=len(record.answer_ids) - 1)
+    with pytest.raises(UserError, match="larger --max-new-tokens"):
+        answer_prompts(tiny_target(), [prompt(0)], out, short, silent)
+
+
+def test_text_with_half_a_character_is_refused():
+    with pytest.raises(UserError, match=r"no Unicode.*'a\\udcff'"):
+        tiny_target().chat_ids(user("a\udcff"))
 
 
 def test_running_out_of_memory_names_a_smaller_batch(tmp_path, monkeypatch):

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from adaspec_eagle.heads.eagle3 import Head as Eagle3Head
 from tiny import tiny_head, tiny_target, tiny_target_folder
 from torch._inductor.exc import InvalidCxxCompiler
 
@@ -394,6 +396,32 @@ def test_a_prompt_longer_than_the_context_is_named(here, capsys):
     message = capsys.readouterr().err
     assert "long-1" in message
     assert "context of 512" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("speedup", ["--max-new-tokens", "1"], "nothing is drafted"),
+        ("acceptance", ["--max-new-tokens", "1"], "nothing is drafted"),
+        ("speedup", ["--arm", "decoder"], "my_decoder.py:forward"),
+        ("speedup", ["--tree", "chain:3"], "--chain K"),
+        ("lossless", ["--margin", "nan"], "no gap"),
+        ("lossless", ["--margin", "-1"], "no gap"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_before_any_work(
+    here, monkeypatch, capsys, name, options, words
+):
+    monkeypatch.setattr(Target, "load", None)
+    with suppress(SystemExit):  # argparse's own way
+        assert run_main(script(name).main, [*arguments(), *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_chains_deeper_than_the_head_drafts_name_their_flag(here, monkeypatch, capsys):
+    monkeypatch.setattr(Eagle3Head, "deepest", 4)
+    assert run_main(script("acceptance").main, arguments("--prompts", "a.jsonl")) == 2
+    assert "give --chain 4" in capsys.readouterr().err
 
 
 def test_a_missing_prompt_file_is_named(here, capsys):

@@ -14,6 +14,7 @@ from adaspec_eagle import DraftHead, Target, load_head
 from adaspec_eagle.bench import find_head
 from adaspec_eagle.card import model_card, target_licence
 from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.export import import_head, read_result
 from adaspec_eagle.formats import FORMATS
 from adaspec_eagle.head import read_config
 from adaspec_eagle.record import sha256
@@ -106,6 +107,8 @@ def test_the_shipped_head_goes_out_and_comes_back(real_target, tmp_path, to):
     command = ["--head", str(tmp_path / "out"), "--from", to, "--out", str(tmp_path / "back")]
     assert run_main(script("export_head"), command) == 0
     assert read_config(tmp_path / "back") == read_config(shipped)
+    with pytest.raises(UserError, match="own layout"):
+        import_head(shipped, "eagle", tmp_path / "again")
     one, two = (load_file(f / "model.safetensors") for f in (shipped, tmp_path / "back"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -120,7 +123,7 @@ def test_the_shipped_head_goes_out_and_comes_back(real_target, tmp_path, to):
         (["--out", "target"], "exists already"),
         (["--push", "not a repo"], "OWNER/NAME"),
         (["--push", "me/mine"], "licence of target"),
-        (["--result", "prompts.jsonl"], "other weights"),
+        (["--result", "prompts.jsonl"], "no result of eval/speedup.py"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(here, tmp_path, hub, capsys, options, words):
@@ -177,6 +180,7 @@ def test_the_card_takes_tau_and_alpha_from_a_measurement(here, tmp_path):
     arm |= {"alpha_by_depth": [0.28, 0.31], "speedup_vs_generate": 1.02}
     arm |= {"speedup_vs_generate_ci95": [0.94, 1.11]}
     result = {
+        "kind": "speedup",
         "head": {"sha256": sha256(here / "head" / "model.safetensors")},
         "arms": {"generate": {"nodes": 0, "shape": None}, "chain": arm},
         "prompts": [{"file": "data/gsm8k.jsonl", "prompts": 20}],
@@ -186,6 +190,9 @@ def test_the_card_takes_tau_and_alpha_from_a_measurement(here, tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(result))
     options = ["--to", "vllm", "--out", str(tmp_path / "out")]
     assert export(*options, "--result", str(tmp_path / "result.json")) == 0
+    (tmp_path / "other.json").write_text(json.dumps(result | {"head": {"sha256": "other"}}))
+    with pytest.raises(UserError, match="other weights"):
+        read_result(tmp_path / "other.json", here / "head")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| chain:4 | 1.42 [1.32, 1.54] | 0.28 0.31 | 1.02 [0.94, 1.11] |" in card
     assert "gsm8k.jsonl (20)" in card

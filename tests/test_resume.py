@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from adaspec_eagle.distill import Distiller
 from adaspec_eagle.errors import UserError
+from adaspec_eagle.record import write_json
 from adaspec_eagle.selection import needs
 from adaspec_eagle.train import TrainConfig, run_training
 from tests.records import answers_file
@@ -81,6 +82,16 @@ def test_ctrl_c_finishes_the_step_and_resume_gives_the_same_weights(
     run_training(TrainConfig(), tmp_path / "stopped", resume=True)
     again = load_file(tmp_path / "stopped" / LAST)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_resumed_run_takes_no_other_options_and_no_damaged_notes(tmp_path):
+    write_json(tmp_path / "run.json", {"config": asdict(TrainConfig(lr=0.5))})
+    with pytest.raises(UserError, match="--lr 0.1: .* begun with 0.5"):
+        run_training(TrainConfig(lr=0.1), tmp_path, resume=True)
+    for text in ("{", "{}", '{"config": {"later": 1}}'):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(UserError, match="run.json is damaged"):
+            run_training(TrainConfig(), tmp_path, resume=True)
 
 
 def test_there_must_be_something_to_resume(tmp_path):

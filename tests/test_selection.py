@@ -14,6 +14,7 @@ from adaspec_eagle.selection import (
     SELECTIONS,
     TokenStats,
     check_selection,
+    chosen_weights,
     divisor,
     keep_at,
     kept,
@@ -190,6 +191,23 @@ def test_a_selection_of_ones_own_is_given_everything_and_divided_by_all_tokens(t
     assert set(needs(name)) == {"entropy", "flatness", "rank", "overlap"}
     given = stats()
     assert divisor(name, given.mask, given.keep).tolist() == given.mask.sum(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("0.5", "gave float"),
+        ("stats.mask[0]", "not a tensor of weights"),
+        ("-1.0 * stats.mask", "negative"),
+    ],
+)
+def test_weights_that_are_none_are_refused(tmp_path, body, words):
+    file = tmp_path / "mine.py"
+    file.write_text(f"def mine(stats):\n    return {body}\n")
+    given = stats()
+    assert chosen_weights("none", given).shape == given.mask.shape
+    with pytest.raises(UserError, match=words):
+        chosen_weights(f"{file}:mine", given)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from adaspec_eagle.features import target_rows
 from adaspec_eagle.head import built_in_heads, read_config
 from adaspec_eagle.prepare import draft_vocab, split_records
 from adaspec_eagle.targets import Target
-from adaspec_eagle.train import TrainConfig, Workshop, run_training
+from adaspec_eagle.train import TrainConfig, Workshop, epochs_made, run_training
 from scripts import train_head
 from tests.records import answers_file, record
 from tests.tiny import tiny_head, tiny_model, tiny_target, tiny_target_folder
@@ -97,6 +97,18 @@ def test_borrowed_rows_are_not_stored(run):
     names = set(load_file(run / "head" / "model.safetensors"))
     assert {"fc.weight", "d2t", "t2d", "norm.weight"} <= names
     assert not {"embed_rows", "output_rows", "output_bias"} & names
+
+
+def test_float16_is_refused_on_a_cpu_before_anything_is_loaded(tmp_path):
+    with pytest.raises(UserError, match="float16 trains on CUDA"):
+        run_training(TrainConfig(dtype="float16", device="cpu"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_passes_are_those_of_the_steps_that_were_made():
+    assert epochs_made(12, 23, 8) == 4  # three steps an epoch, the last of 7
+    assert epochs_made(1, 23, 8) == 8 / 23
+    assert epochs_made(5, 23, 8) == 1 + 16 / 23
 
 
 def test_a_finished_run_is_not_overwritten(run, folder):
