@@ -32,7 +32,7 @@ from adaspec_eagle.record import cpu_model, write_json
 from adaspec_eagle.targets import Target
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # tokens of a target forward that are timed
-FORWARDS = 2  # raised when forwards become faster or slower: costs on disk are measured again
+FORWARDS = 3  # raised when forwards become faster or slower: costs on disk are measured again
 HISTORY = 256  # tokens of history while timing
 REPEATS, LONG = 7, 0.5  # the median of so many counts; of fewer once they took LONG seconds
 PRIOR = 8.0  # rounds that the first guess of the rate is worth
@@ -57,7 +57,7 @@ class Costs:
         return max(x + (y - x) * (tokens - a) / (b - a), 1e-9)
 
 
-@torch.no_grad()
+@torch.inference_mode()  # as decoding is
 def measure_costs(
     target: Target, head: DraftHead, rows: int, width: int, compiled: bool = False
 ) -> Costs:

@@ -295,6 +295,23 @@ def test_generation_leaves_the_model_as_it_was():
     assert (target.model.config._attn_implementation, set(vars(target.model))) == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_target_and_head_can_be_trained_after_decoding(dtype):
+    """Decoding runs in inference mode, whose tensors autograd refuses: none may be left behind."""
+    target = tiny_target(dtype=dtype)
+    head = tiny_head(target)
+    ids, mask = prompts(1)
+    sequences = generate(target, head, ids, mask, tree="auto", max_new_tokens=8).sequences
+    sequences[:, 0] += 0  # in place, which tensors of that mode forbid
+    model, places = target.model.requires_grad_(True), torch.arange(9)[None]
+    states = model(ids, output_hidden_states=True).hidden_states
+    features = torch.cat([states[layer] for layer in head.config.feature_layers], -1)
+    hidden = head(head.fuse(features), ids.roll(-1, 1), places, None, None, 0)
+    head.logits(hidden).float().logsumexp(-1).sum().backward()
+    for weights in (model.get_input_embeddings().weight, head.fc.weight):
+        assert bool(weights.grad.abs().sum() > 0)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
