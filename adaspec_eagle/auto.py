@@ -6,6 +6,11 @@ that expected tokens per second is greatest, not the acceptance length. The grea
 seconds is found as Dinkelbach does: with `rate` the tokens per second reached so far, a level or a
 node is worth having if the tokens it is expected to add exceed rate x the seconds that it takes.
 
+On CPU a round is shaped while it is drafted, by its own probabilities. Elsewhere that would have
+the device wait for the host at every level: there the probabilities of a round arrive with what was
+accepted, in the round's one read, and shape the next rounds; sizes are those that were timed, so
+that few CUDA graphs do.
+
 Legend: B rows, M candidates.
 """
 
@@ -14,16 +19,17 @@ import json
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from adaspec_eagle.attention import tree_mask
 from adaspec_eagle.cache import TreeCache
-from adaspec_eagle.compiled import Call, head_call, target_call
+from adaspec_eagle.compiled import Call, decoding_mode, head_call, target_call
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.packed import packing
@@ -40,6 +46,7 @@ TRUST = 32.0  # rounds that the head's own probabilities are worth against what 
 GUESS = 0.5  # acceptance of one more level
 PATIENCE = 24  # rounds before drafting may be given up
 FORGET = 0.97  # weight of a round's tokens and seconds one round later
+RECENT = 0.7  # weight of a round's probabilities one round later, where trees are shaped ahead
 
 
 @dataclass(frozen=True)
@@ -57,15 +64,16 @@ class Costs:
         return max(x + (y - x) * (tokens - a) / (b - a), 1e-9)
 
 
-@torch.inference_mode()  # as decoding is
 def measure_costs(
     target: Target, head: DraftHead, rows: int, width: int, compiled: bool = False
 ) -> Costs:
     """Time both on this machine; a second or two. `head` is bound; `width` nodes a level."""
     forward = target_call(target, tuple(head.config.feature_layers), compiled)
-    times = [_time_target(target, forward, rows, size) for size in SIZES]
+    with decoding_mode(compiled):
+        times = [_time_target(target, forward, rows, size) for size in SIZES]
+        level = _time_draft(head, rows, width, compiled)
     times = [max(times[: i + 1]) for i in range(len(times))]  # noise must not make more cheaper
-    return Costs(list(SIZES), times, _time_draft(head, rows, width, compiled))
+    return Costs(list(SIZES), times, level)
 
 
 def _time_target(target: Target, forward: Call, rows: int, size: int) -> float:
@@ -185,15 +193,21 @@ class Planner:
     costs: Costs
     rows: int
     most_nodes: int
+    ahead: bool = False  # shape rounds before they begin
     tokens: float = 0.0  # emitted and seconds modelled in the rounds so far, the last weigh most
     seconds: float = 0.0
     rounds: int = 0
     promised: list[float] = field(default_factory=list)  # by depth: what the head said would pass
     kept: list[float] = field(default_factory=list)  # by depth: what passed
+    levels: int = 4  # of the next round, where it is shaped ahead; and its nodes
+    count: int = 8
+    reach: list[float] = field(default_factory=list)  # by depth: rows that get there, of late
+    gains: list[float] = field(default_factory=list)  # by rank: tokens that a candidate brings
 
     def __post_init__(self) -> None:
         self.verify = [self.costs.of_target(n + 1) for n in range(1, self.most_nodes + 1)]
         self.node = self.costs.of_target(3) - self.costs.of_target(2)  # of one more
+        self.timed = {*self.costs.sizes, self.most_nodes + 1}  # tokens of a forward
         self.seconds = PRIOR * self.costs.of_target(1)
         self.tokens = PRIOR * self.rows * 1.5
 
@@ -221,8 +235,13 @@ class Planner:
 
     def deeper(self, depth: int, beam: Tensor) -> bool:
         """Whether a level below the beam at `depth` is worth drafting; beam `[B, W]`: log p."""
+        if self.ahead:
+            return depth < self.levels
         share = self.rows / len(beam)  # others are at rest
-        reach = share * sum(map(math.exp, beam.flatten().tolist()))  # rows that get that far
+        return self._deeper(depth, share * sum(map(math.exp, beam.flatten().tolist())))
+
+    def _deeper(self, depth: int, reach: float) -> bool:
+        """The same, from how many rows are expected to get to `depth`."""
         passes = GUESS * self.trust(min(depth + 1, max(len(self.kept), 1)))
         return reach * passes > self.rate * (self.costs.draft + self.node)
 
@@ -231,22 +250,39 @@ class Planner:
 
         They come best first, `most_nodes` of them at most.
         """
+        if self.ahead:
+            return min(self.count, scores.shape[1])
         trust = [1.0, *(self.trust(d) for d in range(1, int(depths.max()) + 1))]
         worth = torch.tensor(trust, device=scores.device)[depths]  # [B, K]
-        gains = (scores.exp() * worth).sum(0).tolist()  # [K]
-        share, rate = self.rows / len(scores), self.rate
-        best, most, gain = 1, -math.inf, 0.0
+        share = self.rows / len(scores)
+        return self._best((share * (scores.exp() * worth).sum(0)).tolist())
+
+    def _best(self, gains: Sequence[float]) -> int:
+        """The number of candidates that is worth most, from the tokens that each brings."""
+        best, most, gain, rate = 1, -math.inf, 0.0, self.rate
         for count, (one_more, seconds) in enumerate(zip(gains, self.verify, strict=False), 1):
-            gain += share * one_more
-            if gain - rate * seconds > most:
+            gain += one_more
+            if gain - rate * seconds > most and not (self.ahead and count + 1 not in self.timed):
                 best, most = count, gain - rate * seconds
         return best
 
-    def learn(self, tree_scores: Tensor, depths: Tensor, accepted: list[int], levels: int) -> None:
-        """Take in a round: scores and depths of the drafted nodes `[B, N]`, accepted tokens."""
-        promised = torch.zeros(int(depths.max()) + 1, device=depths.device)
-        promised.scatter_add_(0, depths.flatten(), tree_scores.exp().flatten())
-        for depth, value in enumerate(promised.tolist()[1:], 1):
+    def learn(
+        self,
+        scores: Sequence[Sequence[float]],
+        depths: Sequence[Sequence[int]],
+        accepted: list[int],
+        levels: int,
+        nodes: int,
+    ) -> None:
+        """Take in a round: by row the candidates' scores and depths, and accepted tokens.
+
+        Candidates come best first; the first `nodes` of them were verified.
+        """
+        promised = [0.0] * (max(max(row[:nodes]) for row in depths) + 1)
+        for chances, places in zip(scores, depths, strict=True):
+            for score, depth in zip(chances[:nodes], places[:nodes], strict=True):
+                promised[depth] += math.exp(score)
+        for depth, value in enumerate(promised[1:], 1):
             if len(self.kept) < depth:
                 self.kept.append(0.0)
                 self.promised.append(0.0)
@@ -255,11 +291,35 @@ class Planner:
             self.promised[depth - 1] += value
         # A forward a level, the first takes in what was accepted; other work is about one more.
         spent = (levels + 1) * self.costs.draft
-        spent += self.costs.of_target(depths.shape[1] + 1)
+        spent += self.costs.of_target(nodes + 1)
         self.rounds += 1
         self.tokens = FORGET * self.tokens + sum(accepted) + len(accepted)
         self.seconds = FORGET * self.seconds + spent
+        if self.ahead:
+            self._shape_next(scores, depths, levels)
+
+    def _shape_next(
+        self, scores: Sequence[Sequence[float]], depths: Sequence[Sequence[int]], levels: int
+    ) -> None:
+        """Levels and nodes of the next round, from the candidates of the last ones."""
+        reach, gains = [0.0] * levels, [0.0] * len(scores[0])
+        for chances, places in zip(scores, depths, strict=True):
+            for rank, (score, depth) in enumerate(zip(chances, places, strict=True)):
+                chance = math.exp(score)
+                reach[depth - 1] += chance
+                gains[rank] += chance * self.trust(depth)
+        self.reach, self.gains = _recent(self.reach, reach), _recent(self.gains, gains)
+        known = enumerate(self.reach[:levels], 1)  # one level more is tried where all of them pay
+        self.levels = next((d for d, rows in known if not self._deeper(d, rows)), levels + 1)
+        self.count = self._best(self.gains)
 
     def pays(self) -> bool:
         """Whether drafting is worth its time, as far as is known; never no at the beginning."""
         return self.rounds < PATIENCE or self.rate > self.plain_rate
+
+
+def _recent(earlier: list[float], now: list[float]) -> list[float]:
+    """A moving average, entry by entry; what one of them lacks is taken from the other."""
+    pairs = list(zip_longest(earlier, now))
+    kept = [RECENT * a + (1 - RECENT) * b for a, b in pairs if a is not None and b is not None]
+    return kept + [b if a is None else a for a, b in pairs[len(kept) :]]

@@ -8,6 +8,7 @@ Legend: B rows, N tokens, T key columns, L layers, H key heads, C capacity, D he
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -27,6 +28,14 @@ from adaspec_eagle.targets import Target
 Step = Callable[..., Any]  # (*inputs, mask, columns, buffer, *more) -> tensors
 Call = Callable[..., tuple[Tensor, Any]]  # (*inputs, mask, cache, *more) -> two tensors
 MOST_GRAPHS = 64  # CUDA graphs kept; all are dropped when there are more
+
+
+def decoding_mode(compiled: bool) -> AbstractContextManager:
+    """Without gradients; as they are, forwards are 7 % faster on CPU in torch's inference mode.
+
+    torch.compile fails in that mode (2.13) on inputs that share memory.
+    """
+    return torch.no_grad() if compiled else torch.inference_mode()
 
 
 def target_call(target: Target, layers: tuple[int, ...], compiled: bool = False) -> Call:

@@ -253,7 +253,7 @@ class Drafter:
         self.head = head
         self.shape = shape
         self.planner = planner  # of an Auto shape
-        self.drafted: tuple[Tensor, Tensor] | None = None  # the nodes' scores and depths: to learn
+        self.drafted: tuple[Tensor, ...] = ()  # for the planner: candidates' scores, depths [B, K]
         self.depth = 0  # of the last tree
         self.packing = packing(head)
         self.call = head_call(head, compiled)
@@ -375,15 +375,20 @@ class Drafter:
         )
         return tree, drafts
 
-    def learn(self, accepted: list[int], running: list[bool]) -> None:
-        """Tell the planner how many draft tokens each row that runs accepted in this round."""
-        if self.planner and self.drafted:
-            scores, depths = self.drafted
-            if not all(running):
-                rows = torch.tensor(running, device=scores.device)
-                scores, depths = scores[rows], depths[rows]
-                accepted = [count for count, on in zip(accepted, running, strict=True) if on]
-            self.planner.learn(scores, depths, accepted, self.depth)
+    def learn(
+        self, drafted: list[list[float]], accepted: list[int], running: list[bool], nodes: int
+    ) -> None:
+        """Tell the planner how many draft tokens each row that runs accepted in this round.
+
+        drafted: a row's scores and depths (`self.drafted`), one behind the other.
+        """
+        assert self.planner is not None
+        live = [row for row, on in zip(drafted, running, strict=True) if on]
+        counts = [count for count, on in zip(accepted, running, strict=True) if on]
+        half = len(drafted[0]) // 2
+        scores = [row[:half] for row in live]
+        depths = [[int(depth) for depth in row[half:]] for row in live]
+        self.planner.learn(scores, depths, counts, self.depth, nodes)
 
     def _grow_dynamic(self, shape: Dynamic | Auto) -> DraftTree:
         """Keep a beam of the most probable paths; rerank all candidates at the end (EAGLE-2).
@@ -423,9 +428,8 @@ class Drafter:
         ranked = torch.cat(scores, 1) - 1e-4 * depths
         values, chosen = ranked.topk(min(shape.nodes, len(depths)), dim=1)
         if self.planner:
-            nodes = self.planner.nodes(values, depths[chosen])
-            values, chosen = values[:, :nodes], chosen[:, :nodes]
             self.drafted = (values, depths[chosen])
+            chosen = chosen[:, : self.planner.nodes(*self.drafted)]
         return select_nodes(torch.cat(tokens, 1), torch.cat(parents, 1), depths, ranked, chosen)
 
     def _top(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,12 @@
 """Trees that pay: what a planner decides from known costs, and that it changes no output."""
 
+import importlib
 import json
+import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaspec_eagle import generate
 from adaspec_eagle.auto import PATIENCE, Costs, Planner, costs_of, measure_costs
@@ -13,6 +16,7 @@ from adaspec_eagle.sampling import Row, Sampler
 from tests.test_lossless import oracle, prompts
 from tests.tiny import tiny_head, tiny_target
 
+generate_module = importlib.import_module("adaspec_eagle.generate")  # the function hides it
 SIZES = [1, 2, 4, 8, 16, 32, 64]
 
 
@@ -49,9 +53,8 @@ def test_levels_are_drafted_while_they_pay():
 def test_probabilities_are_corrected_by_what_was_accepted():
     """A head that promises 0.8 and is accepted every other round is trusted 0.5 / 0.8."""
     planner = Planner(flat(draft=0.01), 1, 60)
-    scores, depths = torch.tensor([[0.8]]).log(), torch.tensor([[1]])
     for turn in range(400):
-        planner.learn(scores, depths, [turn % 2], 1)
+        planner.learn([[math.log(0.8)]], [[1]], [turn % 2], 1, 1)
     assert planner.trust(1) == pytest.approx(0.5 / 0.8, abs=0.06)
     assert planner.trust(2) == 1.0
     assert planner.rate == pytest.approx(1.5 / 1.02, rel=0.05)
@@ -60,14 +63,14 @@ def test_probabilities_are_corrected_by_what_was_accepted():
 def test_rows_that_have_left_are_not_counted_against_drafting():
     """What drafting brings a row, against what it would have without, stays as it was."""
     planner = Planner(flat(draft=0.01), 4, 60)
-    scores, depths = torch.tensor([[0.9]] * 4).log(), torch.ones(4, 1, dtype=torch.long)
+    scores, depths = [[math.log(0.9)]] * 4, [[1]] * 4
     for _ in range(2 * PATIENCE):
-        planner.learn(scores, depths, [1, 1, 1, 1], 1)
+        planner.learn(scores, depths, [1, 1, 1, 1], 1, 1)
     before = planner.rate / planner.plain_rate
     planner.keep(1)
     assert planner.rate / planner.plain_rate == pytest.approx(before)
     for _ in range(PATIENCE):
-        planner.learn(scores[:1], depths[:1], [1], 1)
+        planner.learn(scores[:1], depths[:1], [1], 1, 1)
     assert planner.pays()
     assert planner.rate / planner.plain_rate == pytest.approx(before, rel=0.05)
 
@@ -114,6 +117,72 @@ def test_a_good_head_is_given_deep_trees(monkeypatch):
     assert found.answers == generate(target, None, ids, mask, **options).answers
     assert found.stats.tau > 4
     assert found.stats.undrafted == 0
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would have a GPU's host wait: values, and shapes that follow from values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+        Reads.count += func.overloadpacket.__name__ in waits
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The reads of each round, once a device that must not wait is imitated."""
+    found, round_, tolist = [], generate_module._Run.round, torch.Tensor.tolist
+
+    def listed(tensor):
+        Reads.count += 1
+        return tolist(tensor)
+
+    def counted(run, running):
+        if run.drafter and run.drafter.planner:
+            run.drafter.planner.ahead = True
+        Reads.count = 0
+        with Reads(), monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", listed)
+            made = round_(run, running)
+        found.append(Reads.count)
+        return made
+
+    monkeypatch.setattr(generate_module._Run, "round", counted)
+    return found
+
+
+@pytest.mark.parametrize("tree", ["auto", "dynamic", "static", "chain:3"])
+def test_a_round_reads_from_the_device_once(tree, reads):
+    """And shapes ahead give the target's own tokens, too."""
+    target = tiny_target()
+    ids, mask = prompts(3)
+    tree = Auto(width=4, costs=flat(draft=0.02, slope=0.01)) if tree == "auto" else tree
+    wanted = target.model.generate(
+        ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0
+    )
+    found = generate(target, tiny_head(target), ids, mask, tree=tree, max_new_tokens=24)
+    assert torch.equal(found.sequences, wanted)
+    assert len(reads) > 3
+    assert set(reads) == {1}
+
+
+def test_trees_shaped_ahead_follow_what_the_last_rounds_had():
+    """Deep and large while the head is sure and right, one level that is not worth it when not."""
+    planner = Planner(flat(draft=0.01, slope=0.05), 1, 60, ahead=True)
+    sizes = []
+    for turn in range(100):
+        sure, levels, nodes = turn < 40, planner.levels, planner.count
+        scores = [-0.05 * n if sure else -9.0 for n in range(60)]
+        depths = [1 + n * levels // 60 for n in range(60)]
+        planner.learn([scores], [depths], [levels if sure else 0], levels, nodes)
+        sizes.append((levels, nodes))
+    assert sizes[39][0] > 5
+    assert sizes[39][1] > 30
+    assert sizes[99][0] == 1
+    assert sizes[99][1] < 8
+    assert {nodes + 1 for _, nodes in sizes[1:]} <= {*SIZES, 61}
 
 
 def test_costs_are_measured_once_and_kept(monkeypatch, tmp_path):
