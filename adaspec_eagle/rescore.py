@@ -157,27 +157,32 @@ def token_gaps(target: Target, prompt: list[int], answers: list[list[int]]) -> l
     return found
 
 
-def agreement(target: Target, units: Sequence[Unit], key: str) -> dict[str, Any]:
-    """Whether an arm's answers are those of arm `generate`, by the rule of the target's dtype.
+def agreement(target: Target, units: Sequence[Unit], keys: Sequence[str]) -> dict[str, dict]:
+    """Arm key -> whether its answers are those of arm `generate`, by the rule of the dtype.
 
     `lossless`, `gap` (the greatest) and `differences`. An answer that differs is judged where it
     first does, in half precision at all of its tokens; equal answers are not rescored.
     """
-    unequal = [
-        (prompt, wanted, answer)
-        for unit in units
-        for prompt, wanted, answer in zip(
-            unit.prompts, unit.outcomes["generate"].answers, unit.outcomes[key].answers, strict=True
-        )
-        if wanted != answer
-    ]
-    found = [difference(target, *one) for one in unequal]
-    gaps = [one.gap for one in found]
-    if target.dtype in HALF:
-        for prompt, _, answer in unequal:
-            gaps += token_gaps(target, prompt.ids, [answer])[0]
-        fine = all(gap <= MARGIN for gap in gaps)
-    else:
-        fine = all(target.dtype == torch.float32 and one.tie for one in found)
-    gap = max(gaps, default=0.0)
-    return {"lossless": fine, "gap": gap, "differences": [asdict(one) for one in found]}
+    differences: dict[str, list[Difference]] = {key: [] for key in keys}
+    gaps: dict[str, list[float]] = {key: [0.0] for key in keys}
+    for unit in units:
+        for place, prompt in enumerate(unit.prompts):
+            wanted = unit.outcomes["generate"].answers[place]
+            answers = {key: unit.outcomes[key].answers[place] for key in keys}
+            other = {key: answer for key, answer in answers.items() if answer != wanted}
+            for key, answer in other.items():
+                differences[key].append(difference(target, prompt, wanted, answer))
+                gaps[key].append(differences[key][-1].gap)
+            if target.dtype in HALF and other:
+                each = [list(one) for one in sorted({tuple(row) for row in other.values()})]
+                found = token_gaps(target, prompt.ids, each)  # neighbours begin alike: fed once
+                for key, answer in other.items():
+                    gaps[key] += found[each.index(answer)]
+    made = {}
+    for key in keys:
+        fine = all(target.dtype == torch.float32 and one.tie for one in differences[key])
+        if target.dtype in HALF:
+            fine = max(gaps[key]) <= MARGIN
+        shown = [asdict(one) for one in differences[key]]
+        made[key] = {"lossless": fine, "gap": max(gaps[key]), "differences": shown}
+    return made

@@ -98,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result["definitions"] = result["definitions"] | baselines.DEFINITIONS | foreign.DEFINITIONS
     if args.out:  # what was timed; where answers differ takes its time to find out
         write_json(args.out / "result.json", result)
-    for key, arm in result["arms"].items():
-        arm |= agreement(bench.target, units, key)
+    for key, found in agreement(bench.target, units, list(result["arms"])).items():
+        result["arms"][key] |= found
     show(console, result)
     if args.out:
         write_json(args.out / "result.json", result)

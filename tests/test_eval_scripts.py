@@ -304,11 +304,12 @@ def test_in_half_precision_a_different_answer_is_judged_at_all_its_tokens(monkey
         for key, row in (("generate", wanted), ("same", wanted), ("other", answer))
     }
     units = [Unit([prompt], outcomes)]
-    assert agreement(target, units, "same") == {"lossless": True, "gap": 0.0, "differences": []}
+    same = agreement(target, units, ["same"])["same"]
+    assert same == {"lossless": True, "gap": 0.0, "differences": []}
     small, large = token_gaps(target, ids, [answer])[0]
     assert small < large
     monkeypatch.setattr("adaspec_eagle.rescore.MARGIN", (small + large) / 2)
-    found = agreement(target, units, "other")
+    found = agreement(target, units, ["generate", "same", "other"])["other"]
     assert (found["lossless"], found["gap"]) == (False, large)
 
 
