@@ -223,8 +223,10 @@ class Planner:
 
     def keep(self, rows: int) -> None:
         """Go on with fewer rows; costs stay those of all, with a draft and without alike."""
-        self.tokens *= rows / self.rows
-        self.rows = rows
+        share, self.rows = rows / self.rows, rows
+        self.tokens *= share
+        self.reach = [share * value for value in self.reach]
+        self.gains = [share * value for value in self.gains]
 
     def trust(self, depth: int) -> float:
         """Accepted / promised at a depth so far: what the head's probabilities are worth."""
@@ -262,7 +264,8 @@ class Planner:
         best, most, gain, rate = 1, -math.inf, 0.0, self.rate
         for count, (one_more, seconds) in enumerate(zip(gains, self.verify, strict=False), 1):
             gain += one_more
-            if gain - rate * seconds > most and not (self.ahead and count + 1 not in self.timed):
+            allowed = not self.ahead or count + 1 in self.timed
+            if allowed and gain - rate * seconds > most:
                 best, most = count, gain - rate * seconds
         return best
 
