@@ -8,7 +8,7 @@ Legend: B rows, N tokens, T key columns, L layers, H key heads, C capacity, D he
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -33,7 +33,7 @@ MOST_GRAPHS = 64  # CUDA graphs kept; all are dropped when there are more
 def decoding_mode(compiled: bool) -> AbstractContextManager:
     """Without gradients; as they are, forwards are 7 % faster on CPU in torch's inference mode.
 
-    torch.compile fails in that mode (2.13) on inputs that share memory.
+    Compiled ones have few small operations left; they stay in the mode they were measured in.
     """
     return torch.no_grad() if compiled else torch.inference_mode()
 
@@ -166,11 +166,13 @@ def _compiled_head(head: DraftHead) -> Call:
         return hidden, head.logits(hidden)
 
     fast = _wrapped(step, head.embed_rows.device)
+    lm = getattr(head, "lm", None)  # a model of transformers, whose attention is set from outside
 
     def call(
         hidden: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, cache: TreeCache, step: int
     ) -> tuple[Tensor, Any]:
-        return _padded(fast, (hidden, tokens, positions), mask, cache, step)
+        with nullcontext() if lm is None else grouped(lm.config.get_text_config()):
+            return _padded(fast, (hidden, tokens, positions), mask, cache, step)
 
     return call
 

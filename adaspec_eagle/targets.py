@@ -206,7 +206,8 @@ class Target:
         Gives transformers' own output, with the `hidden_states` of these indices.
         """
         config: Any = model.config
-        with nullcontext() if mask is None else grouped(config.get_text_config()):
+        stock = mask is None or torch.compiler.is_compiling()  # a traced call is inside already
+        with nullcontext() if stock else grouped(config.get_text_config()):
             return _run_decoder(model, tokens, positions, mask, cache, hidden_states)
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
