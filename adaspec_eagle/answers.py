@@ -223,11 +223,8 @@ def start(
                 f"{out} holds answers of another target ({record.target}); choose another --out"
             )
         if record.temperature != temperature:
-            kinds = [f"at temperature {t:g}" if t is not None else "given" for t in
-                     (record.temperature, temperature)]  # fmt: skip
-            raise UserError(
-                f"{out} holds answers {kinds[0]}, not {kinds[1]} ones; choose another --out"
-            )
+            theirs, ours = _kind(record.temperature), _kind(temperature)
+            raise UserError(f"{out} holds answers {theirs}, not {ours} ones; choose another --out")
         if longest is not None and len(record.answer_ids) > longest:
             raise UserError(
                 f"{out} was made with a larger --max-new-tokens than {longest}: an answer has "
@@ -239,6 +236,10 @@ def start(
     if done:
         say(f"going on behind {tally.records} records, {tally.tokens:,} answer tokens in {out}")
     return tally, done
+
+
+def _kind(temperature: float | None) -> str:
+    return "given" if temperature is None else f"at temperature {temperature:g}"
 
 
 def _answer_all(

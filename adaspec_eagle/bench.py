@@ -178,6 +178,8 @@ def open_bench(
     read: Callable[[argparse.Namespace, Target], list[Source]] = prompt_sources,
 ) -> Bench:
     """Load target, head and prompts as the arguments say. Raises UserError on anything unfit."""
+    if args.max_new_tokens < 2:
+        raise UserError("--max-new-tokens 1: nothing is drafted for a first token; give 2 or more")
     if args.out:
         check_folder(args.out)
     given = HeadChoice(local_folder(args.head), "--head") if args.head else None

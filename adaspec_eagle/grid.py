@@ -245,8 +245,9 @@ def run_grid(
     gone, as where records came from another machine, is trained again.
     """
     _check_depth(plan, cells, settings)
-    _check_files(plan, [c for c in cells if not _record(c, out, settings).exists()], settings)
-    for task in dict.fromkeys(cell.task for cell in cells):
+    to_do = [cell for cell in cells if not _record(cell, out, settings).exists()]
+    _check_files(plan, to_do, settings)
+    for task in dict.fromkeys(cell.task for cell in to_do):
         prompts_of(task, settings, workshop.target)  # an error before hours of training
     done, began = 0, time.monotonic()
     while open_cells := [cell for cell in cells if not _record(cell, out, settings).exists()]:

@@ -18,6 +18,7 @@ from adaspec_eagle.compare_tables import cell_text, difference_text
 from adaspec_eagle.contrasts import METRICS
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.plots import arm_rows, matched_with
+from adaspec_eagle.record import with_interval
 from adaspec_eagle.report_figures import (
     Drawing,
     drawings,
@@ -430,19 +431,13 @@ def latex(page_views: Sequence[tuple[str, Figures]]) -> str:
         lines.append(r"\midrule")
         lines.append(rf"\multicolumn{{5}}{{l}}{{{_tex(name)}, over \texttt{{{base}}}}} \\")
         for key, arm in view["arms"].items():
-            speed = _tex_ratio(arm, "tokens_per_s", 1)
-            gain, tau = (_tex_ratio(arm, field, 2) for field in (f"speedup_vs_{base}", "tau"))
+            speed, gain, tau = (
+                with_interval(arm[name], arm[f"{name}_ci95"], digits)
+                for name, digits in (("tokens_per_s", 1), (f"speedup_vs_{base}", 2), ("tau", 2))
+            )
             shape = _tex(arm["shape"] or "--")
             lines.append(rf"{_tex(key)} & {shape} & {speed} & {gain} & {tau} \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def _tex_ratio(arm: Figures, name: str, digits: int) -> str:
-    bounds = arm[f"{name}_ci95"]
-    text = f"{arm[name]:.{digits}f}"
-    if not bounds or bounds[0] == bounds[1]:
-        return text
-    return f"{text} [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
 
 
 def _tex(text: str) -> str:
