@@ -356,7 +356,8 @@ class _Run:
         self.depths = [row[1] for row in host]
         gained = [count if go else 0 for count, go in zip(counts, running, strict=True)]
         self.lengths = [old + new for old, new in zip(self.lengths, gained, strict=True)]
-        moved = torch.tensor(gained, device=tokens.device)
+        everyone = gained == counts
+        moved = verdict.length if everyone else torch.tensor(gained, device=tokens.device)
         if self.drafter and self.drafter.planner:
             accepted = [count - 1 for count in counts]
             self.drafter.learn(self.drafted, accepted, running, nodes)
@@ -439,9 +440,14 @@ class _Run:
             verdict = match(tree, picks, ancestors)
         else:
             finite = logits.amax(-1).isfinite()  # [B, N]; a NaN is its row's maximum
-            if not bool(finite.all()):
+            on_cpu = logits.device.type == "cpu"
+            if not on_cpu or not bool(finite.all()):
                 logits = logits.masked_fill(~finite[:, :, None], 0.0)
-            verdict = self.sampler.walk(tree, logits, depth, running, drafts or None)
+            if on_cpu or not self.sampler.of_one_kind:  # there few nodes are dear, here a read is
+                verdict = self.sampler.walk(tree, logits, depth, running, drafts or None)
+            else:
+                picks = self.sampler.picks(tree, logits, depth, drafts or None)
+                verdict = match(tree, picks, ancestors)
         return verdict, finite.gather(1, verdict.path).all(1)
 
     def _check_finite(self, finite: list[bool], rows: list[Tensor] | None = None) -> None:

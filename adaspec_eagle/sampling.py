@@ -4,7 +4,8 @@ Every random number belongs to a place (seed, row, position, purpose), so that t
 target draws there does not depend on the tree, on the round, or on what else is in the batch:
 decoding with trees gives token for token what sampling without a draft gives.
 
-Legend: B rows of the batch, A rows still walking, V vocabulary, Vd draft vocabulary, D depth.
+Legend: B rows of the batch, A rows still walking, N nodes, V vocabulary, Vd draft vocabulary,
+D depth, K draws of a place.
 """
 
 import math
@@ -44,9 +45,9 @@ MAX_SEED = 2**64
 
 
 def uniforms(
-    seed: int, rows: Sequence[int], positions: Sequence[int], purpose: int = PICK
+    seed: int, rows: Sequence[int], positions: Sequence[int], purpose: int | Sequence[int] = PICK
 ) -> Tensor:
-    """One number of [0, 1) for each (row, position), float64 `[B]`, always the same.
+    """One number of [0, 1) for each (row, position, purpose), float64 `[B]`, always the same.
 
     The finaliser of SplitMix64 (Steele, Lea and Flood, 2014) over one key after the other.
     """
@@ -64,12 +65,13 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def draw(weights: Tensor, numbers: Tensor) -> Tensor:
-    """The id at which the running sum of `[A, V]` weights passes the share `[A]`: `[A]`."""
+    """The ids at which the running sum of `[A, V]` weights passes the shares `[A]` or `[A, K]`."""
     sums = weights.double().cumsum(-1)
     total = sums[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not reach the end
-    spot = torch.minimum(numbers.to(sums.device)[:, None] * total, below)
-    return torch.searchsorted(sums, spot, right=True)[:, 0]
+    shares = numbers.to(sums.device, non_blocking=True).view(len(sums), -1)  # [A, K]
+    spots = torch.minimum(shares * total, below)
+    return torch.searchsorted(sums, spots, right=True).view(numbers.shape)
 
 
 def check_processors(processors: LogitsProcessorList) -> None:
@@ -122,6 +124,13 @@ class Sampler:
     def plain(self) -> bool:
         """Whether a token is the argmax of the target's logits and nothing else."""
         return not self.sample and not any(row.processors for row in self.rows)
+
+    @property
+    def of_one_kind(self) -> bool:
+        """Whether rows sample alike, whatever their history: nodes need no walk to be judged."""
+        first = self.rows[0].processors
+        alike = all(row.processors is first for row in self.rows)
+        return self.sample and alike and not any(isinstance(p, OWN_HISTORY) for p in first)
 
     @property
     def temperature(self) -> float:
@@ -185,6 +194,52 @@ class Sampler:
             length[at] = d + 2
         return Verdict(path, length, bonus)
 
+    def picks(
+        self, tree: DraftTree, logits: Tensor, depth: int, drafts: list[Tensor] | None = None
+    ) -> Tensor:
+        """The tokens that `walk` would choose at every node `[B, N]`, for rows of one kind.
+
+        Arguments as `walk`'s. Nothing waits for the device, as a walk does at each of its steps.
+        """
+        b, n = tree.tokens.shape
+        scores = logits.flatten(0, 1).to(exact_dtype(logits.dtype))  # [B N, V]
+        scores = self._applied(self.rows[0].processors, tree.tokens.view(-1, 1), scores)
+        retries = range(RETRY, RETRY + TRIES + 1)
+        numbers = self._numbers_of_all(depth, (PICK, ACCEPT, RESIDUAL, *retries), scores.device)
+        numbers = numbers.gather(1, tree.depths[:, :, None].expand(-1, -1, numbers.shape[2]))
+        first, accept, residual, *again = numbers.flatten(0, 1).unbind(1)  # [B N] each
+        probs = scores.softmax(-1)
+        nucleus = self._nuclei([0]).item()
+        if nucleus < 1:
+            kept = within_nucleus(scores, nucleus)
+            tries = [draw(probs, torch.stack([first, *again[:-1]], 1)), draw(kept, again[-1])]
+            tokens = torch.cat([tries[0], tries[1][:, None]], 1)  # [B N, K]; the last is inside
+            place = (kept.gather(1, tokens) > 0).long().argmax(1)
+            picks = tokens.gather(1, place[:, None]).view(b, n)
+        else:
+            kept = scores.double().softmax(-1) if drafts else probs
+            picks = draw(probs, first).view(b, n)
+        if not drafts:
+            return picks
+        tested = len(drafts)  # of a chain's nodes, all but the last
+        p = kept.view(b, n, -1)[:, :tested]
+        ahead = (x.view(b, n)[:, :tested].flatten() for x in (accept, residual))
+        q = torch.stack(drafts, 1).flatten(0, 1)
+        tokens = tested_tokens(p.flatten(0, 1), q, tree.tokens[:, 1:].flatten(), *ahead)
+        return torch.cat([tokens.view(b, tested), picks[:, tested:]], 1)
+
+    def _numbers_of_all(self, depth: int, purposes: Sequence[int], device: torch.device) -> Tensor:
+        """The numbers of all rows, of 0 to `depth` positions ahead: `[B, D + 1, purposes]`."""
+        places = [
+            (row.key, row.position + d, purpose)
+            for row in self.rows
+            for d in range(depth + 1)
+            for purpose in purposes
+        ]
+        made = uniforms(self.seed, *zip(*places, strict=True))
+        shape = (len(self.rows), depth + 1, len(purposes))
+        return made.view(shape).to(device, non_blocking=True)
+
     def _process(self, places: list[int], logits: Tensor, drafted: Tensor) -> Tensor:
         """Scores after the rows' processors, in float32 (float64 for float64): `[A, V]`."""
         scores = logits.to(exact_dtype(logits.dtype))
@@ -231,8 +286,11 @@ class Sampler:
         if not self.sample:
             return scores.argmax(-1)
         probs = scores.softmax(-1)  # [A, V]
-        top_p = self._nuclei(places).to(probs.device)
         token = draw(probs, self.numbers(places, ahead))
+        nuclei = self._nuclei(places)
+        if bool((nuclei >= 1).all()):
+            return token
+        top_p = nuclei.to(probs.device)
         for purpose in range(RETRY, RETRY + TRIES + 1):
             above = (probs * (scores > scores.gather(1, token[:, None]))).sum(-1)
             again = ((top_p < 1) & (above > 0) & (above >= top_p)).nonzero()[:, 0]
@@ -246,30 +304,51 @@ class Sampler:
 
     def distribution(self, places: list[int], scores: Tensor) -> Tensor:
         """What `_choose` draws from, `[A, V]` in float64."""
-        probs = scores.double().softmax(-1)
-        top_p = self._nuclei(places).to(probs.device)[:, None]
-        if bool((top_p >= 1).all()):
-            return probs
-        ranked, ids = scores.sort(-1, descending=True)
-        ordered = probs.gather(1, ids)
-        begins = functional.pad(ranked[:, 1:] < ranked[:, :-1], (1, 0), value=True)  # of each tie
-        above = ((ordered.cumsum(-1) - ordered) * begins).cummax(-1).values  # of all in a tie
-        outside = (above > 0) & (above >= top_p)
-        probs = probs.masked_fill(outside.gather(1, ids.argsort(-1)) & (top_p < 1), 0.0)
-        return probs / probs.sum(-1, keepdim=True)
+        nuclei = self._nuclei(places)
+        if bool((nuclei >= 1).all()):
+            return scores.double().softmax(-1)
+        return within_nucleus(scores, nuclei.to(scores.device)[:, None])
 
     def _ratio_test(
         self, places: list[int], scores: Tensor, drafted: Tensor, q: Tensor, ahead: int
     ) -> Tensor:
         """The drafted token `[A]` where it passes, else a draw from the rest."""
-        p, q = self.distribution(places, scores), q.double()
-        spot = drafted[:, None]
-        chance = self.numbers(places, ahead, ACCEPT).to(p.device)
-        passes = chance * q.gather(1, spot)[:, 0] < p.gather(1, spot)[:, 0]
-        rest = (p - q).clamp(min=0)
-        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # p = q: nothing is rejected
-        replaced = draw(rest, self.numbers(places, ahead, RESIDUAL))
-        return torch.where(passes, drafted, replaced)
+        numbers = (self.numbers(places, ahead, purpose) for purpose in (ACCEPT, RESIDUAL))
+        return tested_tokens(self.distribution(places, scores), q, drafted, *numbers)
+
+
+def within_nucleus(scores: Tensor, top_p: Tensor | float) -> Tensor:
+    """The distribution of `[A, V]` scores cut to its nucleus of top_p (`[A, 1]`), in float64.
+
+    The most probable tokens above which there is less than top_p; those that tie at the border are
+    all in it.
+    """
+    probs = scores.double().softmax(-1)
+    ranked, ids = scores.sort(-1, descending=True)
+    ordered = probs.gather(1, ids)
+    begins = functional.pad(ranked[:, 1:] < ranked[:, :-1], (1, 0), value=True)  # of each tie
+    above = ((ordered.cumsum(-1) - ordered) * begins).cummax(-1).values  # of all in a tie
+    outside = (above > 0) & (above >= top_p)
+    if isinstance(top_p, Tensor):
+        outside &= top_p < 1
+    probs = probs.masked_fill(outside.gather(1, ids.argsort(-1)), 0.0)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def tested_tokens(
+    p: Tensor, q: Tensor, drafted: Tensor, accept: Tensor, residual: Tensor
+) -> Tensor:
+    """Speculative sampling's ratio test (Leviathan et al., arXiv 2211.17192, algorithm 1): `[A]`.
+
+    The drafted token where it passes, with probability min(1, p / q), else a draw from what p has
+    more than q. p, q `[A, V]`: distributions of the target and the draft; drafted `[A]`, from q;
+    accept, residual `[A]`: random numbers.
+    """
+    q, spot = q.double(), drafted[:, None]
+    passes = accept.to(p.device) * q.gather(1, spot)[:, 0] < p.gather(1, spot)[:, 0]
+    rest = (p - q).clamp(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # p = q: nothing is rejected
+    return torch.where(passes, drafted, draw(rest, residual))
 
 
 def warpers(

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaspec_eagle import generate
 from adaspec_eagle.auto import PATIENCE, Costs, Planner, costs_of, measure_costs
@@ -117,55 +116,6 @@ def test_a_good_head_is_given_deep_trees(monkeypatch):
     assert found.answers == generate(target, None, ids, mask, **options).answers
     assert found.stats.tau > 4
     assert found.stats.undrafted == 0
-
-
-class Reads(TorchDispatchMode):
-    """Counts what would have a GPU's host wait: values, and shapes that follow from values."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
-        Reads.count += func.overloadpacket.__name__ in waits
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """The reads of each round, once a device that must not wait is imitated."""
-    found, round_, tolist = [], generate_module._Run.round, torch.Tensor.tolist
-
-    def listed(tensor):
-        Reads.count += 1
-        return tolist(tensor)
-
-    def counted(run, running):
-        if run.drafter and run.drafter.planner:
-            run.drafter.planner.ahead = True
-        Reads.count = 0
-        with Reads(), monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "tolist", listed)
-            made = round_(run, running)
-        found.append(Reads.count)
-        return made
-
-    monkeypatch.setattr(generate_module._Run, "round", counted)
-    return found
-
-
-@pytest.mark.parametrize("tree", ["auto", "dynamic", "static", "chain:3"])
-def test_a_round_reads_from_the_device_once(tree, reads):
-    """And shapes ahead give the target's own tokens, too."""
-    target = tiny_target()
-    ids, mask = prompts(3)
-    tree = Auto(width=4, costs=flat(draft=0.02, slope=0.01)) if tree == "auto" else tree
-    wanted = target.model.generate(
-        ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0
-    )
-    found = generate(target, tiny_head(target), ids, mask, tree=tree, max_new_tokens=24)
-    assert torch.equal(found.sequences, wanted)
-    assert len(reads) > 3
-    assert set(reads) == {1}
 
 
 def test_trees_shaped_ahead_follow_what_the_last_rounds_had():
