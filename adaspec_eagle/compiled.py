@@ -237,7 +237,7 @@ class _Graphs:
     """CUDA graphs of a step, one for each set of shapes and each buffer.
 
     A graph reads and writes the buffer that it was captured with, so that the mask is widened to
-    the buffer's capacity. Not tested on a GPU yet.
+    the buffer's capacity. Run on an imitated device only (tests/imitated.py), not on a GPU yet.
     """
 
     def __init__(self, step: Step) -> None:
