@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,23 +47,43 @@ class Generation:
     stats: AcceptanceStats  # their sum, with the seconds of all
 
 
-@dataclass
 class Stopwatch:
-    """Wall seconds by part; on CUDA each part waits for the device."""
+    """Wall seconds by part.
 
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
+    On CUDA a part is the time between two events in the stream, which nothing waits for; the whole
+    begins and ends with all work done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any, Any]] = []  # part, its begin, its end
+        self.begin = self._now()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Add the block's time to a part."""
-        begin = self.now()
+        """Time the block as one of the part's."""
+        begin = self._mark()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - begin
+        self.marks.append((name, begin, self._mark()))
 
-    def now(self) -> float:
-        """Seconds on a clock that has waited for the device."""
-        if self.device.type == "cuda":
+    def stop(self) -> dict[str, float]:
+        """Seconds of every part, and of the rest."""
+        whole, seconds = self._now() - self.begin, dict[str, float]()
+        for name, begin, end in self.marks:
+            took = begin.elapsed_time(end) / 1000 if self.on_cuda else end - begin
+            seconds[name] = seconds.get(name, 0.0) + took
+        return seconds | {"rest": whole - sum(seconds.values())}
+
+    def _mark(self) -> Any:
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _now(self) -> float:
+        if self.on_cuda:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
@@ -240,7 +261,6 @@ def decode(
         check_shape(shape, head, target.context)
     with decoding_mode(compiled):
         clock = Stopwatch(target.device)
-        begin = clock.now()
         run = _Run(target, head, shape, sampler, clock, compiled, answers.watch_tree)
         with clock.part("prefill"):
             first = run.prefill(rows, answers.limit)
@@ -248,8 +268,7 @@ def decode(
             answers.extend(row, [token])
         with run.packed():
             _rounds(run, answers, list(range(len(rows))))
-        rest = clock.now() - begin - sum(clock.seconds.values())
-        answers.seconds = clock.seconds | {"rest": rest}
+        answers.seconds = clock.stop()
 
 
 def _rounds(run: "_Run", answers: Answers, live: list[int]) -> None:

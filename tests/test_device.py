@@ -16,7 +16,7 @@ from adaspec_eagle.distill import (
     step_losses,
     target_tokens,
 )
-from adaspec_eagle.generate import _Run
+from adaspec_eagle.generate import Stopwatch, _Run
 from adaspec_eagle.selection import OBSERVED, SELECTIONS, TokenStats, chosen_weights
 from tests.imitated import NAME, Remote, imitated, moved
 from tests.records import record
@@ -231,3 +231,35 @@ def test_acceptance_figures_are_the_cpus(device):
     for name, value in wanted.items():
         if name != "per_prompt":
             assert found[name] == pytest.approx(value), name
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+
+def test_on_cuda_parts_are_timed_by_events_that_nothing_waits_for(monkeypatch):
+    """Milliseconds in the stream; the device is waited for at begin and end alone."""
+    waits, stream = [], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            stream[0] += 250.0
+            self.at = stream[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    clock = Stopwatch(torch.device("cuda"))
+    clock.begin -= 10
+    for name in ("draft", "verify", "draft"):
+        with clock.part(name):
+            pass
+    assert len(waits) == 1
+    seconds = clock.stop()
+    assert (seconds["draft"], seconds["verify"]) == (0.5, 0.25)
+    assert seconds["rest"] == pytest.approx(9.25, abs=0.1)
+    assert len(waits) == 2
