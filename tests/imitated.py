@@ -87,11 +87,17 @@ class _Functions(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and _there(kwargs.get("device")):
             return func(*args, **kwargs | {"device": "cpu"}).to(kwargs["device"])
         if args and isinstance(args[0], Remote):
+            if func is Tensor.__getitem__:
+                args = (args[0], tree_map(_index, args[1], is_leaf=lambda x: isinstance(x, list)))
             if func is Tensor.tolist:
                 return args[0].cpu().tolist()
             if func is functional.scaled_dot_product_attention:
                 return _attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _index(key: Any) -> Any:
+    return torch.tensor(key) if isinstance(key, list) else key
 
 
 def _there(device: Any) -> bool:
@@ -238,7 +244,8 @@ def imitated(monkeypatch: Any) -> Iterator[type[Traffic]]:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
     monkeypatch.setattr(torch.cuda, "graph", _captured)
     Traffic.reads = Traffic.sends = 0
-    with _Functions(), _Operations():
+    # On this thread alone: what is imitated is not there on others.
+    with torch.autograd.set_multithreading_enabled(False), _Functions(), _Operations():
         yield Traffic
 
 

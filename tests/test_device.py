@@ -5,7 +5,7 @@ from decimal import Decimal
 import pytest
 import torch
 
-from adaspec_eagle import generate
+from adaspec_eagle import generate, speculative
 from adaspec_eagle.acceptance import acceptance_figures
 from adaspec_eagle.compiled import _Graphs
 from adaspec_eagle.distill import (
@@ -16,7 +16,12 @@ from adaspec_eagle.distill import (
     step_losses,
     target_tokens,
 )
+from adaspec_eagle.features import make_table
 from adaspec_eagle.generate import Stopwatch, _Run
+from adaspec_eagle.onpolicy import draft_answers
+from adaspec_eagle.optim import make_optimizer
+from adaspec_eagle.reference import reference_losses
+from adaspec_eagle.rescore import token_gaps
 from adaspec_eagle.selection import OBSERVED, SELECTIONS, TokenStats, chosen_weights
 from tests.imitated import NAME, Remote, imitated, moved
 from tests.records import record
@@ -231,6 +236,62 @@ def test_acceptance_figures_are_the_cpus(device):
     for name, value in wanted.items():
         if name != "per_prompt":
             assert found[name] == pytest.approx(value), name
+
+
+# ---- what else runs on the target's device -------------------------------------------------------
+
+
+def trained(target, head):
+    """Weights behind two steps of Muon and AdamW."""
+    optimizer = make_optimizer("muon", head.train(), 1e-3)
+    for _ in range(2):
+        gradients(target, head, Objective(unroll=2))
+        optimizer.step()
+    return [weight.detach().cpu() for weight in head.parameters()]
+
+
+def reference(target, head):
+    """Losses of a reference head."""
+    *_, (_, found) = reference_losses(target, head, AnswerSet(RECORDS), Objective(unroll=2))
+    return found
+
+
+def table(target, head):
+    """Features in memory."""
+    ids = [one.prompt_ids + one.answer_ids for one in RECORDS]
+    *_, (_, found) = make_table(target, ids, head.config.feature_layers)
+    return found.rows
+
+
+def on_policy(target, head):
+    """Answers that the head writes."""
+    return draft_answers(target, head, [[1, 20, 21], [1, 30]], [9, 8], [5, 0], 3, 3)
+
+
+def gaps(target, head):
+    """How far answers are from the target's own."""
+    return token_gaps(target, [1, 20, 21], [[22, 23, 24], [22, 23, 25]])
+
+
+def plugged(target, head):
+    """transformers' generate with the plug, sampled."""
+    ids, mask = (x.to(target.device) for x in batch(2))
+    torch.manual_seed(0)
+    plug = speculative(head, tree="dynamic")
+    how = {"do_sample": True, "top_p": 0.7, "max_new_tokens": 6, "pad_token_id": 0}
+    made = target.model.generate(ids, attention_mask=mask, custom_generate=plug, **how)
+    return made.tolist()
+
+
+@pytest.mark.parametrize("work", [trained, reference, table, on_policy, gaps, plugged])
+def test_other_work_gives_what_it_gives_on_the_cpu(work, device):
+    target = tiny_target(num_hidden_layers=3)
+    head = tiny_head(target)
+    copied = tiny_head(target)
+    copied.load_state_dict(head.state_dict())
+    wanted = work(target, copied)
+    there(target, head)
+    torch.testing.assert_close(work(target, head), wanted)
 
 
 # ---- time ----------------------------------------------------------------------------------------
