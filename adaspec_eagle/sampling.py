@@ -42,11 +42,10 @@ PICK, DRAFT, ACCEPT, RESIDUAL, RETRY = range(5)  # what a random number is for; 
 TRIES = 16  # draws from the whole vocabulary before a nucleus is sorted out
 LEAST_TEMPERATURE = 1e-6  # logits divided by less may leave float32
 MAX_SEED = 2**64
+Ints = Sequence[int] | np.ndarray
 
 
-def uniforms(
-    seed: int, rows: Sequence[int], positions: Sequence[int], purpose: int | Sequence[int] = PICK
-) -> Tensor:
+def uniforms(seed: int, rows: Ints, positions: Ints, purpose: int | Ints = PICK) -> Tensor:
     """One number of [0, 1) for each (row, position, purpose), float64 `[B]`, always the same.
 
     The finaliser of SplitMix64 (Steele, Lea and Flood, 2014) over one key after the other.
@@ -230,14 +229,12 @@ class Sampler:
 
     def _numbers_of_all(self, depth: int, purposes: Sequence[int], device: torch.device) -> Tensor:
         """The numbers of all rows, of 0 to `depth` positions ahead: `[B, D + 1, purposes]`."""
-        places = [
-            (row.key, row.position + d, purpose)
-            for row in self.rows
-            for d in range(depth + 1)
-            for purpose in purposes
-        ]
-        made = uniforms(self.seed, *zip(*places, strict=True))
         shape = (len(self.rows), depth + 1, len(purposes))
+        keys = np.array([row.key for row in self.rows], dtype=np.uint64)[:, None, None]
+        positions = np.array([row.position for row in self.rows])[:, None, None]
+        positions = positions + np.arange(depth + 1)[:, None]
+        places = [np.broadcast_to(x, shape).ravel() for x in (keys, positions, np.array(purposes))]
+        made = uniforms(self.seed, *places)
         return made.view(shape).to(device, non_blocking=True)
 
     def _process(self, places: list[int], logits: Tensor, drafted: Tensor) -> Tensor:
