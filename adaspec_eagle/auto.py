@@ -70,13 +70,14 @@ def measure_costs(
     """Time both on this machine; a second or two. `head` is bound; `width` nodes a level."""
     forward = target_call(target, tuple(head.config.feature_layers), compiled)
     with decoding_mode(compiled):
-        times = [_time_target(target, forward, rows, size) for size in SIZES]
-        level = _time_draft(head, rows, width, compiled)
+        times = [time_target(target, forward, rows, size) for size in SIZES]
+        level = time_draft(head, rows, width, compiled)
     times = [max(times[: i + 1]) for i in range(len(times))]  # noise must not make more cheaper
     return Costs(list(SIZES), times, level)
 
 
-def _time_target(target: Target, forward: Call, rows: int, size: int) -> float:
+def time_target(target: Target, forward: Call, rows: int, size: int) -> float:
+    """Median seconds of a forward with `size` new tokens a row behind HISTORY; by `target_call`."""
     cache = target.new_cache(HISTORY + size)
     tokens = torch.zeros(rows, size, dtype=torch.long, device=target.device)
     shape = (rows, *_key_shape(target), 1, _head_size(target))
@@ -93,10 +94,11 @@ def _time_target(target: Target, forward: Call, rows: int, size: int) -> float:
         forward(tokens, positions, mask, cache)
         cache.rollback()
 
-    return _median(once, target.device)
+    return median_seconds(once, target.device)
 
 
-def _time_draft(head: DraftHead, rows: int, width: int, compiled: bool) -> float:
+def time_draft(head: DraftHead, rows: int, width: int, compiled: bool) -> float:
+    """Median seconds of one level with `width` nodes a row, the best ones of each included."""
     weight = head.embed_rows
     config = head.config
     cache = TreeCache(head.cached_layers, HISTORY + width)
@@ -116,7 +118,7 @@ def _time_draft(head: DraftHead, rows: int, width: int, compiled: bool) -> float
         out.float().topk(min(width, out.shape[-1]), dim=-1)
         cache.rollback()
 
-    return _median(level, weight.device)
+    return median_seconds(level, weight.device)
 
 
 def _chain_mask(cache: TreeCache, rows: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -135,7 +137,7 @@ def _head_size(target: Target) -> int:
     return getattr(config, "head_dim", None) or target.hidden_size // config.num_attention_heads
 
 
-def _median(call: Callable[[], None], device: torch.device) -> float:
+def median_seconds(call: Callable[[], None], device: torch.device) -> float:
     def once() -> float:
         begin = time.perf_counter()
         call()

@@ -23,6 +23,7 @@ from adaspec_eagle import generate, load_head
 from adaspec_eagle.bench import find_head, positive
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.head import DraftHead
+from adaspec_eagle.measure import synchronize
 from adaspec_eagle.record import environment, markdown_table, write_json
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
 
@@ -46,15 +47,17 @@ def parser() -> argparse.ArgumentParser:
 class Inside:
     """Seconds spent inside a callable that it stands in for."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.call, self.seconds = call, 0.0
+    def __init__(self, call: Callable[..., Any], device: torch.device) -> None:
+        self.call, self.device, self.seconds = call, device, 0.0
 
     def __call__(self, *args: Any, **more: Any) -> Any:
-        """The call itself, timed."""
+        """The call itself, timed; on CUDA from and to a moment at which all work is done."""
+        synchronize(self.device)
         begin = time.perf_counter()
         try:
             return self.call(*args, **more)
         finally:
+            synchronize(self.device)
             self.seconds += time.perf_counter() - begin
 
 
@@ -64,16 +67,14 @@ def own_costs(
     """Of each round behind `context` random tokens: (own seconds, all seconds)."""
     generator = torch.Generator().manual_seed(context)
     ids = torch.randint(3, target.vocab_size, (1, context), generator=generator)
-    timers = {"target": Inside(target.forward), "head": Inside(head.forward)}
-    logits, fuse = Inside(head.logits), Inside(head.fuse)
+    calls = (target.forward, head.forward, head.logits, head.fuse)
+    timers = [Inside(call, target.device) for call in calls]
     marks: list[tuple[float, float]] = []
 
     def watch(row: int, tokens: list[int], drafted: int) -> None:
-        inside = sum(timer.seconds for timer in (*timers.values(), logits, fuse))
-        marks.append((time.perf_counter(), inside))
+        marks.append((time.perf_counter(), sum(timer.seconds for timer in timers)))
 
-    target.forward, head.forward = timers["target"], timers["head"]  # type: ignore[method-assign]
-    head.logits, head.fuse = logits, fuse  # type: ignore[method-assign]
+    target.forward, head.forward, head.logits, head.fuse = timers  # type: ignore[method-assign]
     try:
         new = min(8 * rounds, target.context - context)
         generate(

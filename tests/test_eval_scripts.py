@@ -13,6 +13,7 @@ from tiny import tiny_head, tiny_target, tiny_target_folder
 from torch._inductor.exc import InvalidCxxCompiler
 
 from adaspec_eagle import Target
+from adaspec_eagle.auto import SIZES
 from adaspec_eagle.bench import Prompt, draft_shapes, find_head
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.figures import headline, total
@@ -489,3 +490,34 @@ def test_training_arms_take_turns_and_count_useful_work(here, capfd):
     assert found["arms"]["adaspec ahead"]["ahead"] > 0
     layers = 64 * 32 * 2 + 2 * 64 * 16 + 32 * 32 - 32 * 64 + 3 * 32 * 48  # q, k, v, o, gates
     assert found["useful_flop_per_token"] == 3 * (6 * layers + 4 * 40 * 32) + 4 * 96 * 32 + 2 * 1280
+
+
+# ---- bench_forwards.py, bench_rounds.py ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [["--target", "target"], ["--random", "target"]])
+def test_forwards_are_timed_by_size(given, here, capsys):
+    """By real weights and a real head, and by random ones of that size, which the output says."""
+    options = [*given, "--dtype", "float32", "--turns", "1", "--out", "forwards"]
+    assert script("bench_forwards").main(options) == 0
+    shown = capsys.readouterr().out
+    result = json.loads(shown.splitlines()[-1])
+    assert result["random_weights"] == ("--random" in given)
+    assert ("times only" in shown) == result["random_weights"]
+    assert {int(n) for n in result["forward_seconds"]} == set(SIZES)
+    assert all(seconds > 0 for seconds in result["level_seconds"].values())
+    assert json.loads((here / "forwards" / "result.json").read_text()) == result
+
+
+def test_a_size_that_is_not_known_is_refused(here, capsys):
+    assert run_main(script("bench_forwards").main, ["--random", "phi-3"]) == 2
+    assert "phi-2" in capsys.readouterr().err
+
+
+def test_what_a_round_costs_by_itself_is_part_of_it(here, capsys):
+    given = ["--target", "target", "--dtype", "float32", "--contexts", "32", "64", "--rounds", "3"]
+    assert script("bench_rounds").main([*given, "--tree", "dynamic", "--out", "rounds"]) == 0
+    result = json.loads((here / "rounds" / "result.json").read_text())
+    for context in ("32", "64"):
+        pairs = zip(result["own_seconds"][context], result["round_seconds"][context], strict=True)
+        assert all(0 < own < whole for own, whole in pairs)
