@@ -22,7 +22,7 @@ from adaspec_eagle.data import load_training
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import head_class, load_head
 from adaspec_eagle.paths import taken
-from adaspec_eagle.prepare import write_store
+from adaspec_eagle.prepare import split_records, write_store
 from adaspec_eagle.record import environment, sha256, write_json
 from adaspec_eagle.selection import needs
 from adaspec_eagle.targets import Target
@@ -37,9 +37,11 @@ FLOPS = (
     "data: 3 a token and epoch (forward 1, backward 2); AdaSPEC's reference stage the same, and 1 "
     "for the reference head's losses, which are computed once (in every epoch with --on-policy and "
     "--features recompute); a moving average 1 a token and epoch; an answer that the head writes 2 "
-    "a token. Comparable between heads of the same form only. The target's own work is not in it: "
-    "one pass a task, shared by all arms, but another output layer in every step for losses and "
-    "selections that need its full vocabulary, and a pass for answers that the head writes"
+    "a token. An arm with data of its own makes as many passes over answer tokens as it would over "
+    "the baseline's, whose tokens are counted. Comparable between heads of the same form only. The "
+    "target's own work is not in it: one pass a task, shared by all arms, but another output layer "
+    "in every step for losses and selections that need its full vocabulary, and a pass for answers "
+    "that the head writes"
 )
 
 
@@ -291,11 +293,12 @@ def _check_depth(plan: Plan, cells: Sequence[Cell], settings: GridSettings) -> N
 
 def _check_files(plan: Plan, cells: Sequence[Cell], settings: GridSettings) -> None:
     """Raise UserError for an answer file that is not there."""
-    for cell in cells:
-        for name in data_files(plan.arms[cell.arm], cell.task, settings):
+    needed = [(cell.task, arm) for cell in cells for arm in (cell.arm, plan.baseline)]
+    for task, arm in dict.fromkeys(needed):
+        for name in data_files(plan.arms[arm], task, settings):
             if not Path(name).is_file():
                 raise UserError(
-                    f"task {cell.task}: there is no {name}; make it (scripts/make_data.py --out "
+                    f"task {task}: there is no {name}; make it (scripts/make_data.py --out "
                     f"{name}), or say where it is with --data PATTERN"
                 )
 
@@ -363,7 +366,7 @@ def run_cell(
     given: dict[str, Any] = {
         "target": settings.target,
         "dtype": settings.dtype,
-        "epochs": plan.epochs(cell.arm, settings.epochs),
+        "epochs": plan.epochs(cell.arm, settings.epochs) * _longer(plan, cell, settings, workshop),
         "seed": cell.seed,
         "take": "best" if settings.budget == "best" else "last",
         "data": data_files(arm, cell.task, settings),
@@ -412,6 +415,26 @@ def run_cell(
         "per_prompt": per_prompt,
         "environment": environment(),
     }
+
+
+def _longer(plan: Plan, cell: Cell, settings: GridSettings, workshop: Workshop) -> float:
+    """Answer tokens of the baseline's training records over those of the arm's: 1 for one data."""
+    own, base = (plan.arms[name] for name in (cell.arm, plan.baseline))
+    files = [data_files(arm, cell.task, settings) for arm in (own, base)]
+    if files[0] == files[1]:
+        return 1.0
+    mine, theirs = (
+        training_tokens(names, config_of(arm, {}), workshop.target)
+        for names, arm in zip(files, (own, base), strict=True)
+    )
+    return theirs / mine
+
+
+def training_tokens(files: Sequence[str], config: TrainConfig, target: Target) -> int:
+    """Answer tokens of the records that a run with this config trains on."""
+    records = load_training(files, target, min(config.max_length, target.context))
+    train, _ = split_records(records, config.held_back)
+    return sum(len(record.answer_ids) for record in train)
 
 
 def _held_back(notes: dict[str, Any], take: str) -> float:

@@ -34,6 +34,7 @@ from adaspec_eagle.grid import (
 from adaspec_eagle.paths import taken
 from adaspec_eagle.record import write_json
 from adaspec_eagle.stats import AcceptanceStats
+from adaspec_eagle.targets import Target
 from adaspec_eagle.train import Workshop
 from eval import compare as script
 from tests.records import answers_file
@@ -295,6 +296,31 @@ def test_a_grid_is_made_once_resumed_and_shown(tmp_path, capsys):
     assert len(lines) == 1 + 4 * 5
 
 
+def test_an_arm_with_data_of_its_own_makes_as_many_passes(tmp_path):
+    """Over answer tokens; twice as many records are half as many epochs."""
+    target = Target.load(tiny_target_folder(tmp_path / "target"), "float32")
+    answers_file(tmp_path / "dev-words.jsonl", records=4)
+    for name, records in (("words", 40), ("words-more", 80)):
+        answers_file(tmp_path / f"{name}.jsonl", records)
+    more = f'more: {{method: distillspec, data: ["{tmp_path}/{{task}}-more.jsonl"]}}'
+    (tmp_path / "arms.yaml").write_text(ARMS.replace("primary:", f"  {more}\nprimary:"))
+    plan = read_plan(tmp_path / "arms.yaml")
+    given = ["--data", str(tmp_path / "{task}.jsonl"), "--epochs", "2", "--depth", "3"]
+    given += ["--prompts", str(tmp_path / "dev-{task}.jsonl"), "--max-new-tokens", "8"]
+    settings = script.settings_of(script.parser().parse_args([*given, "--dtype", "float32"]))
+    settings = replace(settings, target=str(tmp_path / "target"))
+    out, cells = tmp_path / "out", [Cell("words", name, 0) for name in ("distillspec", "more")]
+    assert run_grid(plan, cells, settings, Workshop(target), out, tmp_path / "work") == 2
+    one, other = (json.loads(path.read_text()) for path in sorted(out.rglob("*-seed0.json")))
+    assert (one["arm"], other["arm"]) == ("distillspec", "more")
+    assert other["answer_tokens"] > 1.8 * one["answer_tokens"]
+    assert other["answer_token_passes"] == pytest.approx(one["answer_token_passes"], rel=0.05)
+    assert other["head_flops"] == one["head_flops"]
+    (tmp_path / "words.jsonl").unlink()
+    with pytest.raises(UserError, match="there is no .*words.jsonl"):
+        run_grid(plan, [Cell("words", "more", 1)], settings, None, out, tmp_path / "work")
+
+
 def test_an_arm_that_changed_under_way_and_cells_of_other_settings_are_refused(tmp_path, plan):
     settings = script.settings_of(script.parser().parse_args(["--epochs", "1"]))
     cell = Cell("words", "distillspec", 0)
@@ -395,3 +421,10 @@ def test_the_arms_that_come_with_the_program_are_sound():
     first, other = plan.primary
     assert plan.cost(first, 3) == pytest.approx(plan.cost(other, 3))
     assert len(cells_of(plan, ["gsm8k"], 5)) == 4 * 5 + (len(plan.arms) - 4) * 3
+
+
+def test_the_arms_of_the_data_study_take_the_same_flops_but_on_policy():
+    plan = read_plan(script.ARMS.with_name("arms_data.yaml"))
+    costs = {name: plan.cost(name, 3) for name in plan.arms}
+    assert costs.pop("on-policy") == 9 + 2 * 0.5 * 2  # two epochs, half of them by the head
+    assert set(costs.values()) == {9}
