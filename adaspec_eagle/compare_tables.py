@@ -123,8 +123,11 @@ def _equal_compute(arm: dict[str, Any], base: dict[str, Any]) -> bool:
 def markdown(found: Summary) -> str:
     """All tables of a comparison."""
     one, other = found["primary"]
+    fixed = (
+        f"Primary contrast: {one} against {other}" if one else "No contrast was fixed beforehand"
+    )
     parts = [
-        f"Budget: {found['budget']} epochs. Primary contrast: {one} against {other}. Differences "
+        f"Budget: {found['budget']} epochs. {fixed}. Differences "
         f"are to {found['baseline']}; * holds (see the definitions below); † other head FLOPs than "
         "that arm's, or a head of another form, so that its difference is not one of methods "
         "alone.",
@@ -279,11 +282,14 @@ def forest_png(found: Summary, metrics: Sequence[str] = ("greedy_alpha", "alpha_
 
 
 def write_tables(found: Summary, out: Path) -> None:
-    """summary-BUDGET.json, table-BUDGET.md, .csv, .tex and, if there is a difference, forest."""
-    budget = found["budget"]
-    write_json(out / f"summary-{budget}.json", found)
-    write_text(out / f"table-{budget}.md", markdown(found))
-    write_text(out / f"table-{budget}.csv", csv_text(found))
-    write_text(out / f"table-{budget}.tex", latex(found))
+    """summary-NAME.json, table-NAME.md, .csv, .tex and, if there is a difference, forest.
+
+    NAME is the budget, and the baseline where another one was asked for.
+    """
+    name = found["budget"] + ("" if found["primary"][0] else f"-against-{found['baseline']}")
+    write_json(out / f"summary-{name}.json", found)
+    write_text(out / f"table-{name}.md", markdown(found))
+    write_text(out / f"table-{name}.csv", csv_text(found))
+    write_text(out / f"table-{name}.tex", latex(found))
     if _differences(found):
-        write_bytes(out / f"forest-{budget}.png", forest_png(found))
+        write_bytes(out / f"forest-{name}.png", forest_png(found))

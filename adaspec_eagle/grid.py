@@ -60,13 +60,20 @@ class Plan:
     """What an arms file says: arms, in the order of work, and what is compared."""
 
     arms: dict[str, CellArm]
-    primary: tuple[str, str]  # the contrast fixed beforehand; the second is everyone's baseline
+    primary: tuple[str, str]  # the contrast fixed beforehand, first "" for none; the second is
+    # everyone's baseline
     seeds: dict[str, int] = field(default_factory=dict)  # by arm; others as many as --seeds
 
     @property
     def baseline(self) -> str:
         """The arm that all others are compared with."""
         return self.primary[1]
+
+    def against(self, name: str) -> "Plan":
+        """The same with another baseline, and no contrast that was fixed beforehand."""
+        if name not in self.arms:
+            raise UserError(f"--against {name}: there is no such arm; {', '.join(self.arms)}")
+        return replace(self, primary=("", name))
 
     def cost(self, name: str, epochs: float) -> float:
         """Head FLOPs of an arm at a given budget, as FLOPS defines them."""

@@ -3,6 +3,7 @@
     python eval/compare.py --data 'data/{task}.jsonl.gz' --prompts 'dev/{task}.test.jsonl'
     python eval/compare.py --tasks gsm8k,alpaca --arms mine.yaml --seeds 5 --out results/compare
     python eval/compare.py --out results/compare --tables-only
+    python eval/compare.py --out results/compare --tables-only --against distillspec
 
 A grid of cells (arm, task, seed). Run the same command again after a kill, or at the same time in
 several processes or on several machines that share the folders: cells are independent. Prompts of
@@ -57,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     add("--speed", type=positive, metavar="N", help="after the cells also time chain and tree on N "
         "prompts a task, once for each kind of head; wants the machine to itself")  # fmt: skip
     add("--tables-only", action="store_true", help="tables and plot from what is there")
+    add("--against", metavar="ARM", help="tables with the differences to this arm instead of the "
+        "plan's baseline, under a name of their own; with --tables-only")  # fmt: skip
     return made
 
 
@@ -87,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Work on the grid, then write the tables."""
     args = parser().parse_args(argv)
     plan, settings = read_plan(args.arms), settings_of(args)
+    if args.against and not args.tables_only:
+        raise UserError("--against goes with --tables-only: it changes what is shown, not the grid")
     if not args.tables_only:
         only = args.only.split(",") if args.only else []
         cells = cells_of(plan, args.tasks.split(","), args.seeds, only)
@@ -96,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.speed:
             timed = replace(settings, limit=args.speed)
             measure_speed(plan, args.tasks.split(","), timed, target, args.out, args.work)
+    plan = plan.against(args.against) if args.against else plan
     found = summary(args.out, plan, settings.budget)
     write_tables(found, args.out)
     print(markdown(found))

@@ -292,6 +292,21 @@ def test_a_grid_is_made_once_resumed_and_shown(tmp_path, capsys):
     assert "| here |  | adaspec, 1 epochs |" in text
     assert (tmp_path / "out" / "table-1.tex").read_text().count("\\\\") >= 5
     assert (tmp_path / "out" / "forest-1.png").read_bytes().startswith(b"\x89PNG")
+    before = (tmp_path / "out" / "table-1.md").read_bytes()
+    assert script.main([*given, "--tables-only", "--against", "distillspec"]) == 0
+    assert (tmp_path / "out" / "table-1.md").read_bytes() == before
+    found = json.loads((tmp_path / "out" / "summary-1-against-distillspec.json").read_text())
+    arms = found["tasks"]["words"]
+    assert "difference" not in arms["distillspec"]["metrics"]["tau"]
+    assert not any(arm["metrics"]["tau"].get("primary") for arm in arms.values())
+    lone = arms["ema"]["metrics"]["tau"]
+    assert lone["difference"] == pytest.approx(
+        lone["by_seed"][0] - arms["distillspec"]["metrics"]["tau"]["by_seed"][0]
+    )
+    for options, words in ((["--against", "distillspec"], "goes with --tables-only"),
+                           (["--against", "none", "--tables-only"], "no such arm")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            script.main([*given, *options])
     lines = (tmp_path / "out" / "table-1.csv").read_text().splitlines()
     assert len(lines) == 1 + 4 * 5
 
