@@ -60,8 +60,7 @@ class Plan:
     """What an arms file says: arms, in the order of work, and what is compared."""
 
     arms: dict[str, CellArm]
-    primary: tuple[str, str]  # the contrast fixed beforehand, first "" for none; the second is
-    # everyone's baseline
+    primary: tuple[str, str]  # fixed beforehand: (arm, everyone's baseline); ("", baseline): none
     seeds: dict[str, int] = field(default_factory=dict)  # by arm; others as many as --seeds
 
     @property

@@ -223,7 +223,7 @@ class _Nothing:
         pass
 
 
-_KEPT: list[Any] = []  # torch holds no reference to what is registered
+_KEPT: list[Any] = []  # what is registered with torch, once a process
 
 
 @contextmanager
