@@ -120,17 +120,21 @@ def _equal_compute(arm: dict[str, Any], base: dict[str, Any]) -> bool:
     return near and all(arm[key] == base[key] for key in ("weights", *FORM))
 
 
-def markdown(found: Summary) -> str:
-    """All tables of a comparison."""
+def contrast_text(found: Summary) -> str:
+    """What differences are to, and which one was fixed beforehand."""
     one, other = found["primary"]
     fixed = (
         f"Primary contrast: {one} against {other}" if one else "No contrast was fixed beforehand"
     )
+    return f"{fixed}. Differences are to {found['baseline']};"
+
+
+def markdown(found: Summary) -> str:
+    """All tables of a comparison."""
     parts = [
-        f"Budget: {found['budget']} epochs. {fixed}. Differences "
-        f"are to {found['baseline']}; * holds (see the definitions below); † other head FLOPs than "
-        "that arm's, or a head of another form, so that its difference is not one of methods "
-        "alone.",
+        f"Budget: {found['budget']} epochs. {contrast_text(found)} * holds (see the definitions "
+        "below); † other head FLOPs than that arm's, or a head of another form, so that its "
+        "difference is not one of methods alone.",
     ]
     for task in found["tasks"]:
         parts += [f"### {task}", task_table(found, task)]

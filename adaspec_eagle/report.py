@@ -14,7 +14,7 @@ from pathlib import Path
 from shlex import join
 from typing import Any
 
-from adaspec_eagle.compare_tables import cell_text, difference_text
+from adaspec_eagle.compare_tables import cell_text, contrast_text, difference_text
 from adaspec_eagle.contrasts import METRICS
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.plots import arm_rows, matched_with
@@ -125,7 +125,11 @@ def write_report(folders: Sequence[Path], figures: Path | None = None) -> str:
 def result_files(folder: Path) -> list[Path]:
     """What a folder may hold, in the order of the page."""
     heads = [folder / stage / "train.json" for stage in ("", "reference", "head")]
-    return [folder / "result.json", *sorted(folder.glob("summary-*.json")), *heads]
+    return [
+        folder / "result.json",
+        *sorted(folder.glob("summary-*.json"), key=lambda path: path.stem),
+        *heads,
+    ]
 
 
 def add_file(page: Page, path: Path) -> None:
@@ -317,10 +321,10 @@ def add_training(page: Page, name: str, notes: Figures) -> None:
 def add_comparison(page: Page, name: str, found: Figures) -> None:
     """The summary of `eval/compare.py`: differences drawn, a table a task."""
     about = (
-        f"Arms trained on {found['budget']} epochs and compared. Primary contrast: "
-        f"{' against '.join(found['primary'])}. Differences are to {found['baseline']}; * holds."
+        f"Arms trained on {found['budget']} epochs and compared. {contrast_text(found)} * holds."
     )
-    owner = page.section(name, about)
+    other = "" if found["primary"][0] else f", against {found['baseline']}"
+    owner = page.section(name + other, about)
     page.grid([forest_drawing(found, metric) for metric in ("greedy_alpha", "alpha_t1")], owner)
     for task, arms in found["tasks"].items():
         header = ["arm", "seeds", "steps", *(n for m in METRICS for n in (m, "difference"))]
