@@ -276,7 +276,8 @@ def forest_png(found: Summary, metrics: Sequence[str] = ("greedy_alpha", "alpha_
     figure.text(
         0.01,
         0.01,
-        "95 % intervals over seeds and prompts; filled: holds after correction; orange: primary",
+        "95 % intervals over seeds and prompts; filled: holds after correction"
+        + "; orange: primary" * bool(found["primary"][0]),
         fontsize=7,
     )
     figure.tight_layout(rect=(0, 0.04, 1, 1))

@@ -134,10 +134,10 @@ def forest_drawing(found: Figures, metric: str) -> Drawing:
         for name, arm in arms.items()
         if "difference" in arm["metrics"][metric]
     ]
+    colour = "; in colour: the primary contrast" if found["primary"][0] else ""
     return Drawing(
         f"forest-{metric}", f"{metric}: difference to {found['baseline']}",
-        "95 % intervals over seeds and prompts. Filled: holds after correction; in colour: the "
-        "primary contrast.",
+        f"95 % intervals over seeds and prompts. Filled: holds after correction{colour}.",
         lambda axes: draw_forest(axes, lines), (5.4, 1.0 + 0.34 * max(len(lines), 2)),
     )  # fmt: skip
 
