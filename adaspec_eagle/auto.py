@@ -94,7 +94,7 @@ def time_target(target: Target, forward: Call, rows: int, size: int) -> float:
         forward(tokens, positions, mask, cache)
         cache.rollback()
 
-    return median_seconds(once, target.device)
+    return _median(once, target.device)
 
 
 def time_draft(head: DraftHead, rows: int, width: int, compiled: bool) -> float:
@@ -118,7 +118,7 @@ def time_draft(head: DraftHead, rows: int, width: int, compiled: bool) -> float:
         out.float().topk(min(width, out.shape[-1]), dim=-1)
         cache.rollback()
 
-    return median_seconds(level, weight.device)
+    return _median(level, weight.device)
 
 
 def _chain_mask(cache: TreeCache, rows: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -137,7 +137,7 @@ def _head_size(target: Target) -> int:
     return getattr(config, "head_dim", None) or target.hidden_size // config.num_attention_heads
 
 
-def median_seconds(call: Callable[[], None], device: torch.device) -> float:
+def _median(call: Callable[[], None], device: torch.device) -> float:
     def once() -> float:
         begin = time.perf_counter()
         call()

@@ -22,11 +22,11 @@ from adaspec_eagle.data import load_training
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import head_class, load_head
 from adaspec_eagle.paths import taken
-from adaspec_eagle.prepare import split_records, write_store
+from adaspec_eagle.prepare import write_store
 from adaspec_eagle.record import environment, sha256, write_json
 from adaspec_eagle.selection import needs
 from adaspec_eagle.targets import Target
-from adaspec_eagle.train import TrainConfig, Workshop, run_training
+from adaspec_eagle.train import TrainConfig, Workshop, read_records, run_training
 
 BACKWARD = 2  # a backward pass costs two forward passes
 RELATED = ("head", "unroll", "draft_vocab", "train_output", "data", "max_length", "held_back")
@@ -425,22 +425,15 @@ def run_cell(
 
 def _longer(plan: Plan, cell: Cell, settings: GridSettings, workshop: Workshop) -> float:
     """Answer tokens of the baseline's training records over those of the arm's: 1 for one data."""
-    own, base = (plan.arms[name] for name in (cell.arm, plan.baseline))
-    files = [data_files(arm, cell.task, settings) for arm in (own, base)]
+    arms = [plan.arms[name] for name in (cell.arm, plan.baseline)]
+    files = [data_files(arm, cell.task, settings) for arm in arms]
     if files[0] == files[1]:
         return 1.0
-    mine, theirs = (
-        training_tokens(names, config_of(arm, {}), workshop.target)
-        for names, arm in zip(files, (own, base), strict=True)
-    )
-    return theirs / mine
-
-
-def training_tokens(files: Sequence[str], config: TrainConfig, target: Target) -> int:
-    """Answer tokens of the records that a run with this config trains on."""
-    records = load_training(files, target, min(config.max_length, target.context))
-    train, _ = split_records(records, config.held_back)
-    return sum(len(record.answer_ids) for record in train)
+    tokens = []
+    for arm, names in zip(arms, files, strict=True):
+        train, _ = read_records(config_of(arm, {"data": names}), workshop.target)
+        tokens.append(sum(len(record.answer_ids) for record in train))
+    return tokens[1] / tokens[0]
 
 
 def _held_back(notes: dict[str, Any], take: str) -> float:

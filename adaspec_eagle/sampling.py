@@ -203,16 +203,16 @@ class Sampler:
         b, n = tree.tokens.shape
         scores = logits.flatten(0, 1).to(exact_dtype(logits.dtype))  # [B N, V]
         scores = self._applied(self.rows[0].processors, tree.tokens.view(-1, 1), scores)
-        retries = range(RETRY, RETRY + TRIES + 1)
+        nucleus = self._nuclei([0]).item()
+        retries = range(RETRY, RETRY + TRIES + 1) if nucleus < 1 else ()
         numbers = self._numbers_of_all(depth, (PICK, ACCEPT, RESIDUAL, *retries), scores.device)
         numbers = numbers.gather(1, tree.depths[:, :, None].expand(-1, -1, numbers.shape[2]))
         first, accept, residual, *again = numbers.flatten(0, 1).unbind(1)  # [B N] each
         probs = scores.softmax(-1)
-        nucleus = self._nuclei([0]).item()
         if nucleus < 1:
             kept = within_nucleus(scores, nucleus)
-            tries = [draw(probs, torch.stack([first, *again[:-1]], 1)), draw(kept, again[-1])]
-            tokens = torch.cat([tries[0], tries[1][:, None]], 1)  # [B N, K]; the last is inside
+            tokens = draw(probs, torch.stack([first, *again[:-1]], 1))  # [B N, K]
+            tokens = torch.cat([tokens, draw(kept, again[-1])[:, None]], 1)  # the last is inside
             place = (kept.gather(1, tokens) > 0).long().argmax(1)
             picks = tokens.gather(1, place[:, None]).view(b, n)
         else:
@@ -325,9 +325,7 @@ def within_nucleus(scores: Tensor, top_p: Tensor | float) -> Tensor:
     ordered = probs.gather(1, ids)
     begins = functional.pad(ranked[:, 1:] < ranked[:, :-1], (1, 0), value=True)  # of each tie
     above = ((ordered.cumsum(-1) - ordered) * begins).cummax(-1).values  # of all in a tie
-    outside = (above > 0) & (above >= top_p)
-    if isinstance(top_p, Tensor):
-        outside &= top_p < 1
+    outside = (above > 0) & (above >= top_p) & (top_p < 1)
     probs = probs.masked_fill(outside.gather(1, ids.argsort(-1)), 0.0)
     return probs / probs.sum(-1, keepdim=True)
 

@@ -17,7 +17,7 @@ from adaspec_eagle.allocator import keep_freed_memory
 from adaspec_eagle.answers import answer_self
 from adaspec_eagle.asks import Settings
 from adaspec_eagle.callbacks import Interrupted, ProgressLine, StopGently, newest_checkpoint, say
-from adaspec_eagle.data import load_training, read_jsonl
+from adaspec_eagle.data import Record, load_training, read_jsonl
 from adaspec_eagle.distill import AnswerSet, Distiller, Objective
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.feature_store import INDEX
@@ -427,10 +427,15 @@ def _has_vocab(workshop: Workshop, ids: torch.Tensor | None) -> bool:
     return workshop.own_vocab if ids is None else torch.equal(workshop.data.vocab, ids.cpu())
 
 
+def read_records(config: TrainConfig, target: Target) -> tuple[list[Record], list[Record]]:
+    """(training, held back) of the data files."""
+    records = load_training(config.data, target, min(config.max_length, target.context))
+    return split_records(records, config.held_back)
+
+
 def _read(config: TrainConfig, target: Target, fixed_ids: torch.Tensor | None) -> Prepared:
     """The records of the data files, split, and their draft vocabulary; no features yet."""
-    records = load_training(config.data, target, min(config.max_length, target.context))
-    train, held = split_records(records, config.held_back)
+    train, held = read_records(config, target)
     assert config.draft_vocab is not None
     vocab, coverage = draft_vocab(train, target, config.draft_vocab, fixed_ids)
     answers = sum(len(record.answer_ids) for record in train)
