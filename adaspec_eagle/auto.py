@@ -36,6 +36,7 @@ from adaspec_eagle.packed import packing
 from adaspec_eagle.paths import default_cache_dir
 from adaspec_eagle.record import cpu_model, write_json
 from adaspec_eagle.targets import Target
+from adaspec_eagle.watch import synchronize
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # tokens of a target forward that are timed
 FORWARDS = 3  # raised when forwards become faster or slower: costs on disk are measured again
@@ -141,8 +142,7 @@ def _median(call: Callable[[], None], device: torch.device) -> float:
     def once() -> float:
         begin = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter() - begin
 
     once()

@@ -166,12 +166,12 @@ def _compiled_head(head: DraftHead) -> Call:
         return hidden, head.logits(hidden)
 
     fast = _wrapped(step, head.embed_rows.device)
-    lm = getattr(head, "lm", None)  # a model of transformers, whose attention is set from outside
+    inside = head.decoder_config  # its attention is set from outside the graph
 
     def call(
         hidden: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, cache: TreeCache, step: int
     ) -> tuple[Tensor, Any]:
-        with nullcontext() if lm is None else grouped(lm.config.get_text_config()):
+        with nullcontext() if inside is None else grouped(inside):
             return _padded(fast, (hidden, tokens, positions), mask, cache, step)
 
     return call

@@ -20,9 +20,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from adaspec_eagle.bench import Bench
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.measure import Arm, plain_greedy, synchronize, trim
+from adaspec_eagle.measure import Arm, plain_greedy, trim
 from adaspec_eagle.plugins import function_of, is_function_path
 from adaspec_eagle.stats import AcceptanceStats
+from adaspec_eagle.watch import synchronize
 
 Answered = tuple[list[list[int]], AcceptanceStats]
 

@@ -32,6 +32,7 @@ from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import Target
 from adaspec_eagle.tree import DraftTree, ancestor_mask, lone_root
 from adaspec_eagle.verify import Verdict, best_tokens, emitted, match
+from adaspec_eagle.watch import synchronize
 
 FIRST_CAPACITY = 4096  # columns a cache begins with at most; it doubles from there
 KEEP_SHARE = 0.75  # a big batch is cut down to its running rows when fewer than this share run
@@ -83,8 +84,7 @@ class Stopwatch:
         return event
 
     def _now(self) -> float:
-        if self.on_cuda:
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         return time.perf_counter()
 
 

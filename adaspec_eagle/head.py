@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Cache, LlamaConfig
+from transformers import Cache, LlamaConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaRotaryEmbedding,
@@ -140,6 +140,7 @@ class DraftHead(nn.Module):
     cached_layers: int = 1  # layers that keep keys and values
     leading: ClassVar[int] = 0  # columns of the cache before that of the first pair
     reads_tokens: ClassVar[bool] = True  # False: drafts depend on the feature alone (Medusa)
+    decoder_config: PreTrainedConfig | None = None  # of a model of transformers inside, if any
 
     embed_rows: Tensor  # [V, H]
     output_rows: Tensor  # [Vd, H], unless train_output

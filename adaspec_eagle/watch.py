@@ -1,4 +1,7 @@
-"""What people watch while a head trains: speed, memory, and what the selection keeps."""
+"""What people watch while a head trains: speed, memory, and what the selection keeps.
+
+And what every measurement asks of a device: to have finished, and its peak memory.
+"""
 
 import resource
 import sys
@@ -68,6 +71,12 @@ class Watch:
                 found |= dict(zip(names, shares, strict=True))
         self._clear()
         return found
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -23,9 +23,9 @@ from adaspec_eagle import generate, load_head
 from adaspec_eagle.bench import find_head, positive
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.head import DraftHead
-from adaspec_eagle.measure import synchronize
 from adaspec_eagle.record import environment, markdown_table, write_json
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
+from adaspec_eagle.watch import synchronize
 
 
 def parser() -> argparse.ArgumentParser:

@@ -43,6 +43,7 @@ class Head(DraftHead):
         self.lm: Any = AutoModel.from_config(model, dtype=torch.float32)
         self.context = getattr(model, "max_position_embeddings", config.max_position_embeddings)
         self.cached_layers = model.num_hidden_layers
+        self.decoder_config = model.get_text_config()
         rows, width = config.draft_vocab_size, model.hidden_size
         tied = config.lm["tied"] and rows == config.vocab_size
         self.lm_head = None if tied else nn.Linear(width, rows, bias=False)
