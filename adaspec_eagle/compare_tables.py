@@ -22,7 +22,12 @@ from adaspec_eagle.suite_tables import published
 
 Summary = dict[str, Any]
 FACTS = ("weights", "epochs", "steps", "answer_token_passes", "head_flops")
-FORM = ("head", "unroll", "draft_vocab")  # of a cell's config
+FORM = ("head", "unroll", "draft_vocab", "init", "gradient_checkpointing")  # of a cell's config
+PASSES = {
+    "passes": "answer tokens of the training records times epochs",
+    "tokens/s": "answer tokens trained on a second, evaluation and reference stage left out, mean "
+    "over cells: other work on a machine shows in it",
+}
 DIGITS = {"tau_sim": 2, "tau": 2}  # others: three
 
 
@@ -33,6 +38,14 @@ def summary(out: Path, plan: Plan, budget: str) -> Summary:
         for task, arms in read_cells(out, budget).items()
     }
     figures = compare(tasks, plan.primary)
+    facts = {
+        task: {name: _facts(arms[name]) for name in plan.arms if name in arms}
+        for task, arms in tasks.items()
+    }
+    for of_task in facts.values():
+        base = of_task.get(plan.baseline)
+        for arm in of_task.values():
+            arm["equal_compute"] = base is None or _equal_compute(arm, base)
     return {
         "kind": "compare",
         "budget": budget,
@@ -40,18 +53,14 @@ def summary(out: Path, plan: Plan, budget: str) -> Summary:
         "baseline": plan.baseline,
         "arms": {name: asdict(arm) for name, arm in plan.arms.items()},
         "tasks": {
-            task: {
-                name: _facts(arms[name]) | {"metrics": figures[task][name]}
-                for name in plan.arms
-                if name in arms
-            }
-            for task, arms in tasks.items()
+            task: {name: arm | {"metrics": figures[task][name]} for name, arm in arms.items()}
+            for task, arms in facts.items()
         },
         "speed": [
             json.loads(path.read_text(encoding="utf-8"))
             for path in sorted((out / "speed" / budget).glob("*/*.json"))
         ],
-        "definitions": DEFINITIONS | {"head_flops": FLOPS},
+        "definitions": DEFINITIONS | PASSES | {"head_flops": FLOPS},
         "environment": environment(),
     }
 
@@ -68,7 +77,7 @@ def _facts(arm: Arm) -> dict[str, Any]:
         "seeds": arm.seeds,
         "prompts": first["prompts"]["prompts"],
         **{name: first[name] for name in FACTS},
-        **{name: first["config"][name] for name in FORM},
+        **{name: first["config"].get(name) or None for name in FORM},  # older ones lack some
         **means,
         "alpha_by_depth": [sum(column) / len(column) for column in zip(*depths, strict=False)],
     }
@@ -97,14 +106,13 @@ def task_table(found: Summary, task: str) -> str:
     header = ["arm", "seeds", "steps", "passes", "head FLOPs", "tokens/s"]
     for metric in METRICS:
         header += [metric, "difference"]
-    rows, base = [], found["tasks"][task].get(found["baseline"])
+    rows = []
     for name, arm in found["tasks"][task].items():
-        other = base is not None and not _equal_compute(arm, base)
         speed = arm["train_tokens_per_s"]
         row = [name, str(len(arm["seeds"])), str(arm["steps"])]
         row += [
             f"{arm['answer_token_passes'] / 1e6:.2f} M",
-            f"{arm['head_flops']:.1f}" + " †" * other,
+            f"{arm['head_flops']:.1f}" + " †" * (not arm["equal_compute"]),
         ]
         row += [f"{speed:,.0f}" if speed else "-"]
         for metric in METRICS:
@@ -123,18 +131,23 @@ def _equal_compute(arm: dict[str, Any], base: dict[str, Any]) -> bool:
 def contrast_text(found: Summary) -> str:
     """What differences are to, and which one was fixed beforehand."""
     one, other = found["primary"]
-    fixed = (
-        f"Primary contrast: {one} against {other}" if one else "No contrast was fixed beforehand"
-    )
+    fixed = f"Primary contrast: {one} against {other}"
+    if not one:
+        fixed = "No contrast was fixed beforehand: a table to look at, corrected on its own"
     return f"{fixed}. Differences are to {found['baseline']};"
+
+
+UNEQUAL = (
+    "other head FLOPs than that arm's, or a head of another form or start, so that its difference "
+    "is not one of methods alone"
+)
 
 
 def markdown(found: Summary) -> str:
     """All tables of a comparison."""
     parts = [
         f"Budget: {found['budget']} epochs. {contrast_text(found)} * holds (see the definitions "
-        "below); † other head FLOPs than that arm's, or a head of another form, so that its "
-        "difference is not one of methods alone.",
+        f"below); † {UNEQUAL}.",
     ]
     for task in found["tasks"]:
         parts += [f"### {task}", task_table(found, task)]
@@ -194,11 +207,12 @@ def csv_text(found: Summary) -> str:
     buffer = io.StringIO()
     fields = ["value", "low", "high", "difference", "diff_low", "diff_high", "p", "p_holm", "holds"]
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["task", "arm", "seeds", *FACTS, "metric", *fields])
+    writer.writerow(["task", "arm", "seeds", *FACTS, "equal_compute", "metric", *fields])
     for task, arms in found["tasks"].items():
         for name, arm in arms.items():
             for metric, one in arm["metrics"].items():
-                lead = [task, name, len(arm["seeds"]), *(arm[fact] for fact in FACTS), metric]
+                lead = [task, name, len(arm["seeds"]), *(arm[fact] for fact in FACTS)]
+                lead += [arm["equal_compute"], metric]
                 bounds = one.get("difference_ci95", ["", ""])
                 rest = [one.get(key, "") for key in ("p", "p_holm", "holds")]
                 values = [one["value"], *one["ci95"], one.get("difference", ""), *bounds, *rest]
@@ -211,6 +225,8 @@ def latex(found: Summary) -> str:
     tasks = list(found["tasks"])
     lines = [
         "% needs \\usepackage{booktabs}; generated from the summary of the comparison",
+        f"% greedy alpha, {found['budget']} epochs. {contrast_text(found)} * holds, corrected",
+        f"% \\dagger: {UNEQUAL}",
         f"\\begin{{tabular}}{{l{'rr' * len(tasks)}}}",
         "\\toprule",
         " & ".join(["", *(f"\\multicolumn{{2}}{{c}}{{{_escaped(task)}}}" for task in tasks)])
@@ -221,8 +237,12 @@ def latex(found: Summary) -> str:
     for arm in found["arms"]:
         cells = [_escaped(arm)]
         for task in tasks:
-            one = found["tasks"][task].get(arm, {}).get("metrics", {}).get("greedy_alpha")
-            cells += ["--", ""] if one is None else [f"{100 * one['value']:.1f}", _delta(one)]
+            made = found["tasks"][task].get(arm)
+            if made is None:
+                cells += ["--", ""]
+                continue
+            one = made["metrics"]["greedy_alpha"]
+            cells += [f"{100 * one['value']:.1f}", _delta(one, made["equal_compute"])]
         if any(cell not in ("--", "") for cell in cells[1:]):
             lines.append(" & ".join(cells) + " \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
@@ -232,10 +252,11 @@ def _escaped(name: str) -> str:
     return name.replace("_", "\\_")
 
 
-def _delta(one: dict[str, Any]) -> str:
+def _delta(one: dict[str, Any], equal: bool) -> str:
     if "difference" not in one:
         return ""
-    return f"${100 * one['difference']:+.1f}{'^{*}' if one['holds'] else ''}$"
+    marks = "*" * one["holds"] + "\\dagger" * (not equal)
+    return f"${100 * one['difference']:+.1f}{f'^{{{marks}}}' if marks else ''}$"
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -271,12 +292,16 @@ def forest_png(found: Summary, metrics: Sequence[str] = ("greedy_alpha", "alpha_
         axes.set_title(f"{metric}: difference to {found['baseline']}", fontsize=9)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(labelsize=8)
-    panels[0].set_yticks(range(len(lines)), [f"{task}: {name}" for task, name, _ in lines])
+    names = [
+        f"{task}: {name}" + " †" * (not found["tasks"][task][name]["equal_compute"])
+        for task, name, _ in lines
+    ]
+    panels[0].set_yticks(range(len(lines)), names)
     panels[0].set_ylim(len(lines) - 0.5, -0.5)
     figure.text(
         0.01,
         0.01,
-        "95 % intervals over seeds and prompts; filled: holds after correction"
+        "95 % intervals over seeds and prompts; filled: holds; †: other head FLOPs or form"
         + "; orange: primary" * bool(found["primary"][0]),
         fontsize=7,
     )

@@ -22,6 +22,7 @@ from adaspec_eagle.stats import AcceptanceStats
 
 Cells = list[dict[str, Any]]
 DRAWS = 20_000
+FEWEST, FEWEST_PRIMARY = 3, 5  # seeds from which on a contrast can hold
 
 METRICS: dict[str, str] = {  # name -> definition
     "greedy_alpha": "accepted / (accepted + rejected) draft tokens on greedy chains, temperature 0",
@@ -37,10 +38,13 @@ DEFINITIONS = METRICS | {
     "difference": "value minus that of the baseline arm, over the seeds that both have, paired by "
     "seed and prompt",
     "p": "two-sided, the larger of two: twice the smaller share of draws in which the difference "
-    "is on either side of 0 (at least 2 / (draws + 1)), and that of a paired t-test over seeds",
-    "p_holm": "p after Holm's correction over all arms and tasks of this metric but the primary "
-    "contrast, which was fixed beforehand and stands alone",
-    "holds": "at least 3 seeds (5 for the primary contrast) and a corrected p below 0.05",
+    "is on either side of 0 (at least 2 / (draws + 1)), and that of a paired t-test over seeds; "
+    f"none with fewer than {FEWEST} seeds",
+    "p_holm": "p after Holm's correction over the contrasts of this metric that this table has a p "
+    "for, all arms and tasks, so that an arm or a task more can change it; the primary contrast, "
+    "fixed beforehand, is one test a task and metric and is not corrected",
+    "holds": f"at least {FEWEST} seeds ({FEWEST_PRIMARY} for the primary contrast) and p_holm "
+    "below 0.05",
 }
 
 
@@ -58,6 +62,7 @@ class Arm:
 
 
 OWN = {"seed", "reference", "features", "device", "report_to"}  # what a cell may have of its own
+PLACES = {"target", "data", "prompts"}  # settings that say where something is on a machine
 
 
 def read_cells(out: Path, budget: str | None = None) -> dict[str, dict[str, Arm]]:
@@ -78,7 +83,7 @@ def read_cells(out: Path, budget: str | None = None) -> dict[str, dict[str, Arm]
         )
     for task, arms in found.items():
         cells = [cell for of_arm in arms.values() for cell in of_arm]
-        kinds = {one_line([cell["prompts"]["ids"], cell["settings"]]) for cell in cells}
+        kinds = {one_line([cell["prompts"]["ids"], alike(cell["settings"])]) for cell in cells}
         if len(kinds) > 1:
             raise UserError(
                 f"cells of {task} under {out} were measured on other prompts or with other "
@@ -88,6 +93,12 @@ def read_cells(out: Path, budget: str | None = None) -> dict[str, dict[str, Arm]
     return {
         task: {name: _arm(cells) for name, cells in arms.items()} for task, arms in found.items()
     }
+
+
+def alike(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a grid's settings those that all of its cells must share, whatever the machine."""
+    free = PLACES if settings.get("budget") == "best" else PLACES | {"most_epochs"}
+    return {name: value for name, value in settings.items() if name not in free}
 
 
 def _check_trained_alike(task: str, arms: dict[str, Cells]) -> None:
@@ -180,7 +191,10 @@ def arm_figures(arm: Arm) -> dict[str, Any]:
 
 
 def difference(arm: Arm, baseline: Arm) -> dict[str, dict[str, Any]] | None:
-    """By metric the paired difference to another arm; None where they share no seed."""
+    """By metric the paired difference to another arm; None where they share no seed.
+
+    p is None where they share too few to say anything of how seeds differ.
+    """
     seeds = [seed for seed in arm.seeds if seed in baseline.seeds]
     if not seeds:
         return None
@@ -194,11 +208,12 @@ def difference(arm: Arm, baseline: Arm) -> dict[str, dict[str, Any]] | None:
         drawn = drawn[np.isfinite(drawn)]
         tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
         of_draws = min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
+        of_seeds = t_test(by_seed[0][name] - by_seed[1][name])
         found[name] = {
             "difference": float(points[0][name] - points[1][name]),
             "difference_ci95": interval(drawn),
             "seeds": len(seeds),
-            "p": float(max(of_draws, t_test(by_seed[0][name] - by_seed[1][name]))),
+            "p": float(max(of_draws, of_seeds)) if len(seeds) >= FEWEST else None,
         }
     return found
 
@@ -249,13 +264,13 @@ def compare(
                 continue
             for metric, found in (difference(arm, arms[baseline]) or {}).items():
                 made[task][name][metric] |= found | {"primary": first, "p_holm": found["p"]}
-                if not first:
+                if not first and found["p"] is not None:
                     others[metric].append(made[task][name][metric])
     for family in others.values():
         for found, p in zip(family, holm([f["p"] for f in family]), strict=True):
             found["p_holm"] = p
     for found in (one for arms in made.values() for by in arms.values() for one in by.values()):
         if "p" in found:
-            enough = found["seeds"] >= (5 if found["primary"] else 3)
+            enough = found["seeds"] >= (FEWEST_PRIMARY if found["primary"] else FEWEST)
             found["holds"] = bool(enough and found["p_holm"] < 0.05)
     return made

@@ -6,6 +6,7 @@ folder (its file system must know locks): a cell is done where its file is.
 
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import yaml
 from adaspec_eagle.acceptance import acceptance_figures
 from adaspec_eagle.bench import Source, read_source
 from adaspec_eagle.callbacks import say
+from adaspec_eagle.contrasts import alike
 from adaspec_eagle.data import load_training
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import head_class, load_head
@@ -29,8 +31,10 @@ from adaspec_eagle.targets import Target
 from adaspec_eagle.train import TrainConfig, Workshop, read_records, run_training
 
 BACKWARD = 2  # a backward pass costs two forward passes
-RELATED = ("head", "unroll", "draft_vocab", "train_output", "data", "max_length", "held_back")
-GIVEN = ("target", "seed", "take", "dtype")  # settings of the grid or the cell, not of an arm
+RELATED = ("head", "unroll", "draft_vocab", "train_output", "data", "max_length", "held_back",
+           "init", "gradient_checkpointing")  # fmt: skip
+GIVEN = ("target", "seed", "take", "dtype", "device", "attn", "reference_epochs")  # not an arm's
+NAME = re.compile(r"[\w.+-]+")  # of an arm: it names files
 
 FLOPS = (
     "head FLOPs in forward passes of the arm's own head over one answer token of the training "
@@ -40,8 +44,8 @@ FLOPS = (
     "a token. An arm with data of its own makes as many passes over answer tokens as it would over "
     "the baseline's, whose tokens are counted. Comparable between heads of the same form only. The "
     "target's own work is not in it: one pass a task, shared by all arms, but another output layer "
-    "in every step for losses and selections that need its full vocabulary, and a pass for answers "
-    "that the head writes"
+    "in every step for losses and selections that need its full vocabulary, and with --on-policy a "
+    "pass over all answers in every epoch"
 )
 
 
@@ -161,6 +165,8 @@ def read_plan(path: Path) -> Plan:
         shared, given = found.get("train") or {}, found["arms"]
         arms: dict[str, CellArm] = {}
         for name, settings in given.items():
+            if not isinstance(name, str) or not NAME.fullmatch(name):
+                raise UserError(f"{path}: arm {name!r}: a name is text of letters, digits and .+-_")
             values = shared | (settings or {})
             links = {key: values.pop(key, None) for key in ("reference", "match")}
             arms[name] = CellArm(name, values, **links)
@@ -173,6 +179,9 @@ def read_plan(path: Path) -> Plan:
         for name in (*plan.primary, *plan.seeds):
             if name not in arms:
                 raise UserError(f"{path}: there is no arm {name!r}")
+        for name, count in plan.seeds.items():
+            if not isinstance(count, int) or count < 1:
+                raise UserError(f"{path}: seeds of {name}: {count!r} is no number of seeds")
         plan.check()
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         why = str(error) if isinstance(error, yaml.YAMLError) else repr(error)  # with its line
@@ -252,7 +261,8 @@ def run_grid(
     worker is training waits; whoever has nothing else to do looks again. A reference head that is
     gone, as where records came from another machine, is trained again.
     """
-    _check_depth(plan, cells, settings)
+    _check_arms(plan, cells, settings)
+    _check_done(plan, cells, settings, out)
     to_do = [cell for cell in cells if not _record(cell, out, settings).exists()]
     _check_files(plan, to_do, settings)
     for task in dict.fromkeys(cell.task for cell in to_do):
@@ -279,15 +289,45 @@ def run_grid(
     return done
 
 
-def _check_depth(plan: Plan, cells: Sequence[Cell], settings: GridSettings) -> None:
-    """Raise UserError for chains that are deeper than an arm's head drafts, or than its answers."""
+def _check_done(plan: Plan, cells: Sequence[Cell], settings: GridSettings, out: Path) -> None:
+    """Raise UserError for a cell on record that these settings, or its arm now, would not make."""
+    for cell in cells:
+        path = _record(cell, out, settings)
+        if not path.exists():
+            continue
+        made = json.loads(path.read_text(encoding="utf-8"))
+        arm = plan.arms[cell.arm]
+        pairs = [(n, made["settings"].get(n), v) for n, v in alike(asdict(settings)).items()]
+        was, now = made.get("as_planned"), _as_planned(arm)
+        if was is None:  # an older record: what the run had
+            known, own = made["config"], {"epochs", "data", "reference", "match"}
+            pairs += [(n, known[n], v) for n, v in now.items() if n in known and n not in own]
+        else:
+            pairs += [(n, was.get(n), now.get(n)) for n in sorted({*was, *now})]
+        for name, old, new in pairs:
+            if old != new:
+                raise UserError(
+                    f"{path} was made with {name} {old!r}, and now it would be {new!r}: choose "
+                    "another --out (and --work), or put it back"
+                )
+
+
+def _as_planned(arm: CellArm) -> dict[str, Any]:
+    """What the arms file says of an arm."""
+    links = {"reference": arm.reference, "match": arm.match}
+    return arm.config | {name: other for name, other in links.items() if other}
+
+
+def _check_arms(plan: Plan, cells: Sequence[Cell], settings: GridSettings) -> None:
+    """Raise UserError for arms that this budget cannot train, and for chains that are deeper than
+    an arm's head drafts, or than its answers."""
     if settings.max_new_tokens <= settings.depth:
         raise UserError(
             f"--max-new-tokens {settings.max_new_tokens}: too few for chains of --depth "
             f"{settings.depth} behind a first token"
         )
     for name in dict.fromkeys(cell.arm for cell in cells):
-        config = config_of(plan.arms[name], {})
+        config = config_of(plan.arms[name], {"epochs": plan.epochs(name, settings.epochs)})
         kind = head_class(config.head)
         deepest = config.unroll or kind.default_unroll
         if not kind.reads_tokens and settings.depth > deepest:
@@ -377,6 +417,8 @@ def run_cell(
         "take": "best" if settings.budget == "best" else "last",
         "data": data_files(arm, cell.task, settings),
     }
+    if settings.budget == "best":  # a candidate an epoch
+        given["evaluations"] = math.ceil(given["epochs"])
     if arm.reference:
         needed = Cell(cell.task, arm.reference, cell.seed)
         given["reference"] = str(head_folder(needed, work, settings))
@@ -406,8 +448,10 @@ def run_cell(
         "budget": settings.budget,
         "settings": asdict(settings),
         "config": notes["config"],
+        "as_planned": _as_planned(arm),
         "epochs": notes["epochs"],
         "steps": notes["steps"],
+        "step_taken": notes["best_step"] if settings.budget == "best" else notes["steps"],
         "answer_token_passes": notes["answer_token_passes"],
         "answer_tokens": notes["data"]["answer_tokens"],
         "head_flops": plan.cost(cell.arm, settings.epochs),

@@ -14,6 +14,7 @@ from adaspec_eagle.figures import summarize
 from adaspec_eagle.grid import Cell, GridSettings, Plan, config_of, head_folder, prompts_of
 from adaspec_eagle.head import load_head
 from adaspec_eagle.measure import build_arms, run_arms
+from adaspec_eagle.paths import taken
 from adaspec_eagle.record import environment, write_json
 from adaspec_eagle.targets import Target
 
@@ -30,15 +31,16 @@ def measure_speed(
         for arm in first_of_each_head(plan):
             folder = head_folder(Cell(task, arm, 0), work, settings)
             path = out / "speed" / settings.budget / task / f"{arm}.json"
-            if path.exists() or not (folder / "train.json").exists():
-                continue
-            source = prompts_of(task, settings, target)
-            head, choice = load_head(folder, target), HeadChoice(folder, "seed 0 of the grid")
-            bench = Bench(target, head, choice, [source], settings.max_new_tokens, batch_size=1)
-            arms = build_arms(bench, draft_shapes([], None))
-            say(f"{task}: speed of {arm}")
-            figures = summarize(run_arms(bench, arms, "decoding"), arms, seed=0)
-            write_json(path, _record(task, arm, plan, figures, source.describe()))
+            with taken(out / "speed.lock", wait=True):  # workers of one machine, one by one
+                if path.exists() or not (folder / "train.json").exists():
+                    continue
+                source = prompts_of(task, settings, target)
+                head, choice = load_head(folder, target), HeadChoice(folder, "seed 0 of the grid")
+                bench = Bench(target, head, choice, [source], settings.max_new_tokens, batch_size=1)
+                arms = build_arms(bench, draft_shapes([], None))
+                say(f"{task}: speed of {arm}")
+                figures = summarize(run_arms(bench, arms, "decoding"), arms, seed=0)
+                write_json(path, _record(task, arm, plan, figures, source.describe()))
 
 
 def first_of_each_head(plan: Plan) -> list[str]:

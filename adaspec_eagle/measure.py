@@ -29,7 +29,7 @@ from adaspec_eagle.errors import explain_out_of_memory
 from adaspec_eagle.generate import generate
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import Target
-from adaspec_eagle.watch import peak_bytes
+from adaspec_eagle.watch import peak_bytes, synchronize
 
 PARTS = ("prefill", "draft", "verify", "rest")
 LESS = "Use a smaller --batch-size or --max-new-tokens"
@@ -270,12 +270,6 @@ def _run_turn(arm: Arm, target: Target, prompts: list[Prompt]) -> Outcome:
 def left_padded(prompts: list[Prompt], target: Target) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both `[B, T]`, on the target's device."""
     return targets.left_padded(target, [prompt.ids for prompt in prompts])
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def reset_peak(device: torch.device) -> None:

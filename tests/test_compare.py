@@ -111,6 +111,11 @@ def test_cells_go_seed_by_seed(plan):
         ("primary:", "first:", "no arms file"),
         ("select: adaspec-ema", "select: adaspec-emma", "arm ema: unknown --select"),
         ("primary: [adaspec, equal]", "primary: [adaspec, equal", "line 9"),
+        ("  ema:", "  0.4:", "arm 0.4: a name is text"),
+        ("  ema:", "  of/us:", "arm 'of/us': a name is text"),
+        ("{ema: 1}", "{ema: 2.5}", "seeds of ema: 2.5"),
+        ("{select: adaspec-ema}", "{device: cpu}", "device is the grid's"),
+        ("match: adaspec}", "match: adaspec, init: x}", "differ in init"),
     ],
 )
 def test_an_arms_file_with_a_mistake_is_refused(tmp_path, old, new, message):
@@ -235,6 +240,11 @@ def test_a_true_difference_holds_and_none_does_not():
     assert not found["same"]["greedy_alpha"]["holds"]
     assert not found["few"]["greedy_alpha"]["holds"]  # two seeds are too few to say
     assert found["few"]["greedy_alpha"]["seeds"] == 2
+    assert (
+        found["few"]["greedy_alpha"]["p"] is None
+    )  # and do not make the others' correction dearer
+    without = compare({"task": {k: v for k, v in arms.items() if k != "few"}}, ("better", "base"))
+    assert found["same"] == without["task"]["same"]
     assert "difference" not in found["base"]["greedy_alpha"]
 
 
@@ -290,7 +300,14 @@ def test_a_grid_is_made_once_resumed_and_shown(tmp_path, capsys):
     assert "| published | Phi-2 |" in text
     assert "| words | eagle3 (distillspec) | 2 |" in text
     assert "| here |  | adaspec, 1 epochs |" in text
-    assert (tmp_path / "out" / "table-1.tex").read_text().count("\\\\") >= 5
+    tex = (tmp_path / "out" / "table-1.tex").read_text()
+    assert tex.count("\\\\") >= 5
+    unequal = {name for name, arm in found["tasks"]["words"].items() if not arm["equal_compute"]}
+    assert unequal == {"distillspec", "ema"}
+    marked = {
+        line.split(" & ")[0] for line in tex.splitlines() if "\\dagger" in line and "&" in line
+    }
+    assert marked == unequal
     assert (tmp_path / "out" / "forest-1.png").read_bytes().startswith(b"\x89PNG")
     before = (tmp_path / "out" / "table-1.md").read_bytes()
     assert script.main([*given, "--tables-only", "--against", "distillspec"]) == 0
@@ -386,6 +403,43 @@ def test_chains_deeper_than_answers_or_heads_are_refused_before_any_work(plan, t
     settings = replace(settings, max_new_tokens=64)
     with pytest.raises(UserError, match="medusa: its head drafts 4 tokens deep; give --depth 4"):
         run_grid(plan, [Cell("a", "medusa", 0)], settings, None, tmp_path, tmp_path)
+
+
+def test_a_budget_that_an_arm_cannot_train_on_is_refused_before_any_work(plan, tmp_path):
+    written = replace(plan.arms["ema"], config={"method": "distillspec", "on_policy": 0.5})
+    plan = Plan({"written": written}, ("written", "written"))
+    settings = script.settings_of(script.parser().parse_args(["--epochs", "1"]))
+    with pytest.raises(UserError, match="arm ema: .*raise --epochs"):
+        run_grid(plan, [Cell("a", "written", 0)], settings, None, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize(
+    ("flags", "config", "message"),
+    [
+        (["--limit", "7"], {}, "made with limit 64, and now it would be 7"),
+        ([], {"lr": 0.5}, "made with lr 0.02, and now it would be 0.5"),
+        (["--most-epochs", "9", "--data", "elsewhere/{task}.jsonl"], {}, None),
+    ],
+)
+def test_what_is_on_record_must_be_what_would_be_made(
+    plan, tmp_path, planned, flags, config, message
+):
+    arm = plan.arms["distillspec"]
+    made = {"settings": asdict(script.settings_of(script.parser().parse_args([]))), "config": {}}
+    made["config"] = arm.config | {"seed": 0}
+    made |= {"as_planned": arm.config} if planned else {}
+    write_json(tmp_path / "cells" / "3" / "words" / "distillspec-seed0.json", made)
+    write_json(tmp_path / "3" / "words" / "distillspec-seed0" / "head" / "train.json", {})
+    changed = replace(arm, config=arm.config | config)
+    plan = Plan(plan.arms | {"distillspec": changed}, plan.primary)
+    settings = script.settings_of(script.parser().parse_args(flags))
+    cells = [Cell("words", "distillspec", 0)]
+    if message is None:
+        assert run_grid(plan, cells, settings, Workshop(None), tmp_path, tmp_path) == 0
+    else:
+        with pytest.raises(UserError, match=message):
+            run_grid(plan, cells, settings, Workshop(None), tmp_path, tmp_path)
 
 
 def test_files_that_are_not_there_are_named_before_any_work(plan, tmp_path, monkeypatch):
