@@ -62,7 +62,8 @@ class Arm:
 
 
 OWN = {"seed", "reference", "features", "device", "report_to"}  # what a cell may have of its own
-PLACES = {"target", "data", "prompts"}  # settings that say where something is on a machine
+# Settings that say where something is on a machine; what it computes in, the cell's config says.
+PLACES = {"target", "data", "prompts", "dtype"}
 
 
 def read_cells(out: Path, budget: str | None = None) -> dict[str, dict[str, Arm]]:
@@ -102,8 +103,13 @@ def alike(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_trained_alike(task: str, arms: dict[str, Cells]) -> None:
-    """Raise UserError if an arm's seeds differ in more than the seed, or one data file had two
-    contents."""
+    """Raise UserError if an arm's seeds differ in more than the seed, one data file had two
+    contents, or machines computed in different types."""
+    if len(kinds := {cell["config"]["dtype"] for of_arm in arms.values() for cell in of_arm}) > 1:
+        raise UserError(
+            f"cells of {task} were computed in {' and '.join(sorted(kinds))}: what differs is not "
+            "the arms alone; give all machines the same --dtype, and choose another --out"
+        )
     contents: dict[str, set[str]] = defaultdict(set)
     for name, cells in arms.items():
         known = set.intersection(*(set(cell["config"]) for cell in cells))  # others came later

@@ -33,6 +33,13 @@ from adaspec_eagle.train import TrainConfig, Workshop, read_records, run_trainin
 BACKWARD = 2  # a backward pass costs two forward passes
 RELATED = ("head", "unroll", "draft_vocab", "train_output", "data", "max_length", "held_back",
            "init", "gradient_checkpointing")  # fmt: skip
+OF_TASKS = (
+    "max_length",
+    "held_back",
+    "batch_size",
+    "accumulate",
+    "evaluations",
+)  # no FLOPs of theirs
 GIVEN = ("target", "seed", "take", "dtype", "device", "attn", "reference_epochs")  # not an arm's
 NAME = re.compile(r"[\w.+-]+")  # of an arm: it names files
 
@@ -66,6 +73,7 @@ class Plan:
     arms: dict[str, CellArm]
     primary: tuple[str, str]  # fixed beforehand: (arm, everyone's baseline); ("", baseline): none
     seeds: dict[str, int] = field(default_factory=dict)  # by arm; others as many as --seeds
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # OF_TASKS: they cost no FLOPs
 
     @property
     def baseline(self) -> str:
@@ -77,6 +85,11 @@ class Plan:
         if name not in self.arms:
             raise UserError(f"--against {name}: there is no such arm; {', '.join(self.arms)}")
         return replace(self, primary=("", name))
+
+    def arm(self, name: str, task: str) -> CellArm:
+        """An arm with a task's own settings."""
+        arm = self.arms[name]
+        return replace(arm, config=arm.config | self.tasks.get(task, {}))
 
     def cost(self, name: str, epochs: float) -> float:
         """Head FLOPs of an arm at a given budget, as FLOPS defines them."""
@@ -154,10 +167,11 @@ def config_of(arm: CellArm, given: dict[str, Any]) -> TrainConfig:
 
 
 def read_plan(path: Path) -> Plan:
-    """An arms file (YAML): `train`, `arms`, `primary`, and if wanted `seeds`.
+    """An arms file (YAML): `train`, `arms`, `primary`, and if wanted `seeds` and `tasks`.
 
     An arm has the settings of scripts/train_head.py, over those of `train`, and may have
-    `reference: ARM`, `match: ARM` and `epochs: FACTOR` (of the budget). Raises UserError where
+    `reference: ARM`, `match: ARM` and `epochs: FACTOR` (of the budget). What `tasks` says of a task
+    (OF_TASKS) is over that of every arm. Raises UserError where
     something is unknown, or an arm comes before the one that it needs.
     """
     try:
@@ -173,7 +187,9 @@ def read_plan(path: Path) -> Plan:
             for other in filter(None, links.values()):
                 if other not in arms:
                     raise UserError(f"{path}: arm {name} needs {other!r}; put that before it")
-        plan = Plan(arms, tuple(found["primary"]), found.get("seeds") or {})
+        plan = Plan(
+            arms, tuple(found["primary"]), found.get("seeds") or {}, found.get("tasks") or {}
+        )
         if len(plan.primary) != 2:
             raise UserError(f"{path}: primary is two arms, the second the baseline of all")
         for name in (*plan.primary, *plan.seeds):
@@ -182,6 +198,14 @@ def read_plan(path: Path) -> Plan:
         for name, count in plan.seeds.items():
             if not isinstance(count, int) or count < 1:
                 raise UserError(f"{path}: seeds of {name}: {count!r} is no number of seeds")
+        for task, own in plan.tasks.items():
+            if unknown := set(own) - set(OF_TASKS):
+                raise UserError(
+                    f"{path}: task {task}: {', '.join(sorted(unknown))}: a task's own settings are "
+                    f"{', '.join(OF_TASKS)}"
+                )
+            for name in plan.arms:
+                config_of(plan.arm(name, task), {})
         plan.check()
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         why = str(error) if isinstance(error, yaml.YAMLError) else repr(error)  # with its line
@@ -262,7 +286,7 @@ def run_grid(
     gone, as where records came from another machine, is trained again.
     """
     _check_arms(plan, cells, settings)
-    _check_done(plan, cells, settings, out)
+    _check_done(plan, cells, settings, workshop, out)
     to_do = [cell for cell in cells if not _record(cell, out, settings).exists()]
     _check_files(plan, to_do, settings)
     for task in dict.fromkeys(cell.task for cell in to_do):
@@ -289,15 +313,19 @@ def run_grid(
     return done
 
 
-def _check_done(plan: Plan, cells: Sequence[Cell], settings: GridSettings, out: Path) -> None:
+def _check_done(
+    plan: Plan, cells: Sequence[Cell], settings: GridSettings, workshop: Workshop, out: Path
+) -> None:
     """Raise UserError for a cell on record that these settings, or its arm now, would not make."""
+    dtype = str(workshop.target.dtype).removeprefix("torch.")  # by default what the device computes
     for cell in cells:
         path = _record(cell, out, settings)
         if not path.exists():
             continue
         made = json.loads(path.read_text(encoding="utf-8"))
-        arm = plan.arms[cell.arm]
+        arm = plan.arm(cell.arm, cell.task)
         pairs = [(n, made["settings"].get(n), v) for n, v in alike(asdict(settings)).items()]
+        pairs.append(("dtype", made["config"]["dtype"], dtype))
         was, now = made.get("as_planned"), _as_planned(arm)
         if was is None:  # an older record: what the run had
             known, own = made["config"], {"epochs", "data", "reference", "match"}
@@ -408,7 +436,7 @@ def run_cell(
     plan: Plan, cell: Cell, settings: GridSettings, workshop: Workshop, work: Path
 ) -> dict[str, Any]:
     """Train one head, going on from its last checkpoint, and measure it; the cell's record."""
-    arm, folder = plan.arms[cell.arm], cell.within(work, settings)
+    arm, folder = plan.arm(cell.arm, cell.task), cell.within(work, settings)
     given: dict[str, Any] = {
         "target": settings.target,
         "dtype": settings.dtype,
@@ -469,7 +497,7 @@ def run_cell(
 
 def _longer(plan: Plan, cell: Cell, settings: GridSettings, workshop: Workshop) -> float:
     """Answer tokens of the baseline's training records over those of the arm's: 1 for one data."""
-    arms = [plan.arms[name] for name in (cell.arm, plan.baseline)]
+    arms = [plan.arm(name, cell.task) for name in (cell.arm, plan.baseline)]
     files = [data_files(arm, cell.task, settings) for arm in arms]
     if files[0] == files[1]:
         return 1.0

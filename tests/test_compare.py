@@ -5,9 +5,11 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from adaspec_eagle import grid
 from adaspec_eagle.contrasts import (
@@ -50,6 +52,7 @@ arms:
 primary: [adaspec, equal]
 seeds: {ema: 1}
 """
+COMPUTING_FLOAT32 = Workshop(SimpleNamespace(dtype=torch.float32))
 
 
 @pytest.fixture
@@ -116,6 +119,9 @@ def test_cells_go_seed_by_seed(plan):
         ("{ema: 1}", "{ema: 2.5}", "seeds of ema: 2.5"),
         ("{select: adaspec-ema}", "{device: cpu}", "device is the grid's"),
         ("match: adaspec}", "match: adaspec, init: x}", "differ in init"),
+        ("seeds:", "tasks: {words: {lr: 0.1}}\nseeds:", "task words: lr: a task's own settings"),
+        ("seeds:", "tasks: {words: {max_length: -1}}\nseeds:", "arm distillspec: .*max.length"),
+        ("seeds:", "tasks: {words: 3}\nseeds:", "no arms file"),
     ],
 )
 def test_an_arms_file_with_a_mistake_is_refused(tmp_path, old, new, message):
@@ -123,6 +129,15 @@ def test_an_arms_file_with_a_mistake_is_refused(tmp_path, old, new, message):
     path.write_text(ARMS.replace(old, new))
     with pytest.raises(UserError, match=message):
         read_plan(path)
+
+
+def test_a_task_has_settings_of_its_own(tmp_path):
+    path = tmp_path / "arms.yaml"
+    path.write_text(ARMS.replace("seeds:", "tasks: {words: {max_length: 99}}\nseeds:"))
+    plan = read_plan(path)
+    for name in plan.arms:
+        assert config_of(plan.arm(name, "words"), {}).max_length == 99
+        assert config_of(plan.arm(name, "others"), {}).max_length == 512
 
 
 def test_a_cell_is_worked_on_by_one_at_a_time(tmp_path):
@@ -350,7 +365,9 @@ def test_an_arm_with_data_of_its_own_makes_as_many_passes(tmp_path):
     assert other["head_flops"] == one["head_flops"]
     (tmp_path / "words.jsonl").unlink()
     with pytest.raises(UserError, match="there is no .*words.jsonl"):
-        run_grid(plan, [Cell("words", "more", 1)], settings, None, out, tmp_path / "work")
+        run_grid(
+            plan, [Cell("words", "more", 1)], settings, Workshop(target), out, tmp_path / "work"
+        )
 
 
 def test_an_arm_that_changed_under_way_and_cells_of_other_settings_are_refused(tmp_path, plan):
@@ -383,7 +400,7 @@ def test_an_arm_that_changed_under_way_and_cells_of_other_settings_are_refused(t
 def test_cells_that_were_trained_otherwise_are_not_averaged(tmp_path, change, message):
     prompts = {"ids": [], "prompts": 0}
     for seed, changed in enumerate(({}, change)):
-        config = {"lr": 0.1, "seed": 0, "data": ["a.jsonl"]} | changed
+        config = {"lr": 0.1, "seed": 0, "data": ["a.jsonl"], "dtype": "float32"} | changed
         one = {"task": "words", "arm": "equal", "seed": seed, "prompts": prompts, "per_prompt": []}
         one |= {"settings": {}, "config": config, "data_sha256": ["first"]} | changed
         write_json(tmp_path / "cells" / "1" / "words" / f"equal-seed{seed}.json", one)
@@ -397,12 +414,12 @@ def test_cells_that_were_trained_otherwise_are_not_averaged(tmp_path, change, me
 def test_chains_deeper_than_answers_or_heads_are_refused_before_any_work(plan, tmp_path):
     settings = script.settings_of(script.parser().parse_args(["--max-new-tokens", "5"]))
     with pytest.raises(UserError, match="--max-new-tokens 5"):
-        run_grid(plan, [Cell("a", "ema", 0)], settings, None, tmp_path, tmp_path)
+        run_grid(plan, [Cell("a", "ema", 0)], settings, COMPUTING_FLOAT32, tmp_path, tmp_path)
     medusa = replace(plan.arms["ema"], config={"head": "medusa", "method": "distillspec"})
     plan = Plan({"medusa": medusa}, ("medusa", "medusa"))
     settings = replace(settings, max_new_tokens=64)
     with pytest.raises(UserError, match="medusa: its head drafts 4 tokens deep; give --depth 4"):
-        run_grid(plan, [Cell("a", "medusa", 0)], settings, None, tmp_path, tmp_path)
+        run_grid(plan, [Cell("a", "medusa", 0)], settings, COMPUTING_FLOAT32, tmp_path, tmp_path)
 
 
 def test_a_budget_that_an_arm_cannot_train_on_is_refused_before_any_work(plan, tmp_path):
@@ -410,7 +427,7 @@ def test_a_budget_that_an_arm_cannot_train_on_is_refused_before_any_work(plan, t
     plan = Plan({"written": written}, ("written", "written"))
     settings = script.settings_of(script.parser().parse_args(["--epochs", "1"]))
     with pytest.raises(UserError, match="arm ema: .*raise --epochs"):
-        run_grid(plan, [Cell("a", "written", 0)], settings, None, tmp_path, tmp_path)
+        run_grid(plan, [Cell("a", "written", 0)], settings, COMPUTING_FLOAT32, tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("planned", [True, False])
@@ -427,7 +444,7 @@ def test_what_is_on_record_must_be_what_would_be_made(
 ):
     arm = plan.arms["distillspec"]
     made = {"settings": asdict(script.settings_of(script.parser().parse_args([]))), "config": {}}
-    made["config"] = arm.config | {"seed": 0}
+    made["config"] = arm.config | {"seed": 0, "dtype": "float32"}
     made |= {"as_planned": arm.config} if planned else {}
     write_json(tmp_path / "cells" / "3" / "words" / "distillspec-seed0.json", made)
     write_json(tmp_path / "3" / "words" / "distillspec-seed0" / "head" / "train.json", {})
@@ -436,15 +453,29 @@ def test_what_is_on_record_must_be_what_would_be_made(
     settings = script.settings_of(script.parser().parse_args(flags))
     cells = [Cell("words", "distillspec", 0)]
     if message is None:
-        assert run_grid(plan, cells, settings, Workshop(None), tmp_path, tmp_path) == 0
+        assert run_grid(plan, cells, settings, COMPUTING_FLOAT32, tmp_path, tmp_path) == 0
     else:
         with pytest.raises(UserError, match=message):
-            run_grid(plan, cells, settings, Workshop(None), tmp_path, tmp_path)
+            run_grid(plan, cells, settings, COMPUTING_FLOAT32, tmp_path, tmp_path)
+
+
+def test_a_machine_that_computes_in_another_type_adds_nothing(plan, tmp_path):
+    settings = script.settings_of(script.parser().parse_args([]))
+    for arm, dtype in (("distillspec", "bfloat16"), ("ema", "float32")):
+        made = {"task": "words", "arm": arm, "seed": 0, "settings": asdict(settings)}
+        made |= {"config": plan.arms[arm].config | {"dtype": dtype, "data": []}, "data_sha256": []}
+        made |= {"prompts": {"ids": []}, "per_prompt": []}
+        write_json(tmp_path / "cells" / "3" / "words" / f"{arm}-seed0.json", made)
+    cells = [Cell("words", "distillspec", 0)]
+    with pytest.raises(UserError, match="dtype 'bfloat16', and now it would be 'float32'"):
+        run_grid(plan, cells, settings, COMPUTING_FLOAT32, tmp_path, tmp_path)
+    with pytest.raises(UserError, match="computed in bfloat16 and float32"):
+        read_cells(tmp_path)
 
 
 def test_files_that_are_not_there_are_named_before_any_work(plan, tmp_path, monkeypatch):
     cells, settings = [Cell("a", "ema", 0)], script.settings_of(script.parser().parse_args([]))
-    work = (Workshop(None), tmp_path, tmp_path)
+    work = (COMPUTING_FLOAT32, tmp_path, tmp_path)
     monkeypatch.setattr(grid, "run_cell", None)
     with pytest.raises(UserError, match="task a: there is no runs/data/a.jsonl; make it"):
         run_grid(plan, cells, settings, *work)
