@@ -19,12 +19,12 @@ REPOSITORY = Path(__file__).parents[1]
 HEADS = sorted(p.stem for p in (REPOSITORY / "heads").glob("*.py") if p.stem != "__init__")
 
 LEVELS = [  # a module imports from earlier lines, or from its own line, only
-    {"errors", "paths", "allocator", "plugins", "processes", "stats", "packed", "optim", "watch"},
+    {"errors", "paths", "allocator", "plugins", "processes", "stats", "packed", "watch"},
     {"attention", "cache", "default_target", "tree", "losses", "fused", "selection", "record"},
     {"targets", "verify", "storage"},
     {"sampling", "formats"},
     {"card", "published"},
-    {"head", "data", "features", "hub", "apart", "zero"},
+    {"head", "data", "features", "hub", "apart", "zero", "optim"},
     {"compiled"},
     {"auto", "feature_store"},
     {"draft", "unroll"},

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from adaspec_eagle import optim
 from adaspec_eagle.head import HeadConfig, built_in_heads, new_head
-from adaspec_eagle.optim import OPTIMIZERS, make_optimizer
+from adaspec_eagle.optim import OPTIMIZERS, MuonInOwnType, make_optimizer, newton_schulz
 from tests.tiny import ARCHITECTURES, tiny_target
 
 
@@ -33,6 +34,51 @@ def test_saved_state_goes_on_to_the_bit(name):
     steps(cut, second, range(3, 6))
     for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
+def test_muon_in_its_own_type_is_torchs_but_for_rounding(shape, nesterov):
+    """Also where one goes on from the state of the other."""
+    torch.manual_seed(0)
+    given = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    given |= {"nesterov": nesterov}
+    start, grads = torch.randn(shape), torch.randn(4, *shape)
+    ends = []
+    for kinds in ([torch.optim.Muon] * 2, [MuonInOwnType] * 2, [torch.optim.Muon, MuonInOwnType]):
+        weight, state = nn.Parameter(start.clone()), None
+        for kind, half in zip(kinds, grads.split(2), strict=True):
+            optimizer = kind([weight], **given)
+            if state:
+                optimizer.load_state_dict(state)
+            for grad in half:
+                weight.grad = grad.clone()
+                optimizer.step()
+            state = optimizer.state_dict()
+        ends.append(weight.detach())
+    wanted = ends[0]
+    assert (wanted - start).abs().mean() > 0.02
+    for found in ends[1:]:
+        assert (found - wanted).abs().max() < 0.02 * (wanted - start).abs().max()
+
+
+def test_newton_schulz_brings_singular_values_near_one():
+    matrix = torch.randn(12, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    given = ((3.4445, -4.775, 2.0315), 5, 1e-7)
+    found = newton_schulz(matrix, *given)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert ((left.T @ found @ right.T).diagonal() > 0.6).all()  # the same directions
+    assert torch.allclose(newton_schulz(matrix.T, *given), found.T)
+
+
+@pytest.mark.parametrize("native", [torch.bfloat16, torch.float32])
+def test_muon_computes_in_bfloat16_where_the_device_does(monkeypatch, native):
+    monkeypatch.setattr(optim, "default_dtype", lambda device: native)
+    muon, _ = make_optimizer("muon", model_of(), 0.1).parts
+    assert type(muon) is (torch.optim.Muon if native == torch.bfloat16 else MuonInOwnType)
 
 
 def test_muon_takes_matrices_and_adamw_the_rest():
