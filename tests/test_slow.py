@@ -14,8 +14,6 @@ from adaspec_eagle.bench import find_head
 from adaspec_eagle.data import load_training, read_prompts
 from adaspec_eagle.distill import teacher_forced
 from adaspec_eagle.head import HeadConfig, new_head
-from adaspec_eagle.targets import Target
-from adaspec_eagle.train import TrainConfig, run_training
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[1]
@@ -45,9 +43,9 @@ def test_float32_output_equals_generate_on_twenty_prompts(real_target, shipped, 
     """Equality, but where the target's own top two are within 1e-4 of each other."""
     accepted = 0
     for n, ids in enumerate(prompt_ids):
-        wanted = real_target.model.generate(ids, max_new_tokens=48, do_sample=False)[0]
+        wanted = real_target.model.generate(ids, max_new_tokens=32, do_sample=False)[0]
         tree = ["dynamic", "static", "chain:4"][n % 3]
-        out = generate(real_target, shipped, ids, tree=tree, max_new_tokens=48)
+        out = generate(real_target, shipped, ids, tree=tree, max_new_tokens=32)
         accepted += out.stats.tokens - out.stats.rounds
         found = out.sequences[0]
         if not torch.equal(found, wanted):
@@ -71,17 +69,20 @@ def test_a_batch_of_ragged_rows_equals_its_rows_alone(real_target, shipped, prom
 def minute(tmp_path_factory):
     """A head after a short AdaSPEC training on answers that the target writes on the spot."""
     folder = tmp_path_factory.mktemp("minute")
-    data = folder / "self.jsonl"
-    command = [sys.executable, str(REPOSITORY / "scripts" / "make_data.py"), "--prompts", "self"]
-    command += ["--tokens", "6000", "--max-new-tokens", "128", "--out", str(data)]
-    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    config = TrainConfig(data=[str(data)], epochs=2, batch_size=4, evaluations=2, held_back=8)
-    return run_training(config, folder / "run"), data
+    data, run = folder / "self.jsonl", folder / "run"
+    make = ["make_data.py", "--prompts", "self", "--tokens", "5000", "--max-new-tokens", "128"]
+    train = ["train_head.py", "--data", str(data), "--epochs", "2", "--batch-size", "4"]
+    train += ["--evaluations", "2", "--held-back", "8"]
+    for (script, *options), out in ((make, data), (train, run)):
+        command = [sys.executable, str(REPOSITORY / "scripts" / script), *options]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        subprocess.run([*command, "--out", str(out)], check=True, env=environment)
+    return run / "head", data
 
 
-def test_a_minute_of_training_beats_an_untrained_head(minute):
+def test_a_minute_of_training_beats_an_untrained_head(real_target, minute):
     folder, data = minute
-    target = Target.load("smollm2-135m")
+    target = real_target
     trained = load_head(folder, target)
     sizes = HeadConfig.for_target("eagle3", target, trained.config.draft_vocab_size)
     fresh = new_head(sizes, seed=1)
