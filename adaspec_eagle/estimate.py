@@ -22,7 +22,7 @@ from adaspec_eagle.selfdata import MAX_TOKENS, TEMPERATURE, TOP_P
 from adaspec_eagle.targets import Target
 
 USUAL_ANSWER, USUAL_KEPT = 130, 0.85  # tokens and share of prompts, before any have been seen
-TRIAL_CELLS, TRIAL_STEPS = 16_384, 8  # size of the trial that the estimate rests on
+TRIAL_CELLS, TRIAL_STEPS = 2_048, 8  # size of the trial that the estimate rests on
 
 
 def estimate(target: Target, asks: list[Ask], settings: Settings) -> str:
@@ -77,23 +77,24 @@ class Cost:
 
 
 def _trial(target: Target, prompt: list[int], rows: int, sampled: bool = False) -> Cost:
-    """A few steps on one batch, of fewer rows if its prompts are long."""
-    rows = max(1, min(rows, TRIAL_CELLS // len(prompt)))
-    tokens = torch.tensor([prompt] * rows, device=target.device)  # [B, T]
+    """A few steps on one batch behind the ends of its prompts; prefill in proportion to them."""
+    ends = prompt[-max(1, TRIAL_CELLS // rows) :]
+    tokens = torch.tensor([ends] * rows, device=target.device)  # [B, T]
     steps = min(TRIAL_STEPS, target.context - len(prompt) - 1)
     temperature, top_p = (TEMPERATURE, TOP_P) if sampled else (0.0, 1.0)
-    for new in (2, 1 + steps):  # the first warms up
+    for given, new in ((tokens[:, -1:], 2), (tokens, 1 + steps)):  # the first warms up
         out = generate(
             target,
             None,
-            tokens,
+            given,
             max_new_tokens=new,
             temperature=temperature,
             top_p=top_p,
             ignore_eos=True,
         )
     prefill = out.stats.seconds["prefill"]
-    return Cost(rows, prefill, (sum(out.stats.seconds.values()) - prefill) / steps)
+    step = (sum(out.stats.seconds.values()) - prefill) / steps
+    return Cost(rows, prefill * len(prompt) / len(ends), step)
 
 
 def _speed(cost: Cost, settings: Settings) -> float:
