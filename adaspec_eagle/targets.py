@@ -460,7 +460,10 @@ def left_padded(target: Target, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def describe(target: Target) -> str:
-    """One line about a loaded target, for scripts to print."""
+    """One line about a loaded target, for scripts to print; another where its type is emulated."""
     size = sum(p.numel() for p in target.model.parameters()) / 1e6
     facts = {"dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)}
-    return f"target {target.name}: {size:.0f} M weights, {json.dumps(facts)}, {target.fingerprint}"
+    line = f"target {target.name}: {size:.0f} M weights, {json.dumps(facts)}, {target.fingerprint}"
+    if target.dtype == torch.bfloat16 and default_dtype(target.device) != torch.bfloat16:
+        line += "\nnote: this device only emulates bfloat16; --dtype float32 is many times faster"
+    return line

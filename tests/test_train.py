@@ -468,3 +468,11 @@ def test_saved_heads_load_equal(tmp_path, name):
 def test_scripts_do_no_work_when_imported():
     for path in [*REPOSITORY.glob("scripts/*.py"), *REPOSITORY.glob("eval/*.py")]:
         assert "main" in runpy.run_path(str(path), run_name="imported")
+
+
+@pytest.mark.parametrize("native", [torch.bfloat16, torch.float32])
+def test_a_type_that_the_device_emulates_is_noted(monkeypatch, native):
+    monkeypatch.setattr(targets, "default_dtype", lambda device: native)
+    noted = "emulates bfloat16" in targets.describe(tiny_target(dtype=torch.bfloat16))
+    assert noted == (native == torch.float32)
+    assert "emulates" not in targets.describe(tiny_target(dtype=torch.float32))
