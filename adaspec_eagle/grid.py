@@ -325,7 +325,7 @@ def _check_done(
         made = json.loads(path.read_text(encoding="utf-8"))
         arm = plan.arm(cell.arm, cell.task)
         pairs = [(n, made["settings"].get(n), v) for n, v in alike(asdict(settings)).items()]
-        pairs.append(("dtype", made["config"]["dtype"], dtype))
+        pairs.append(("--dtype", made["config"]["dtype"], dtype))
         was, now = made.get("as_planned"), _as_planned(arm)
         if was is None:  # an older record: what the run had
             known, own = made["config"], {"epochs", "data", "reference", "match"}
