@@ -80,7 +80,7 @@ def _trial(target: Target, prompt: list[int], rows: int, sampled: bool = False) 
     """A few steps on one batch behind the ends of its prompts; prefill in proportion to them."""
     ends = prompt[-max(1, TRIAL_CELLS // rows) :]
     tokens = torch.tensor([ends] * rows, device=target.device)  # [B, T]
-    steps = min(TRIAL_STEPS, target.context - len(prompt) - 1)
+    steps = max(1, min(TRIAL_STEPS, target.context - len(ends) - 1))
     temperature, top_p = (TEMPERATURE, TOP_P) if sampled else (0.0, 1.0)
     for given, new in ((tokens[:, -1:], 2), (tokens, 1 + steps)):  # the first warms up
         out = generate(

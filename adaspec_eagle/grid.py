@@ -33,13 +33,7 @@ from adaspec_eagle.train import TrainConfig, Workshop, read_records, run_trainin
 BACKWARD = 2  # a backward pass costs two forward passes
 RELATED = ("head", "unroll", "draft_vocab", "train_output", "data", "max_length", "held_back",
            "init", "gradient_checkpointing")  # fmt: skip
-OF_TASKS = (
-    "max_length",
-    "held_back",
-    "batch_size",
-    "accumulate",
-    "evaluations",
-)  # no FLOPs of theirs
+OF_TASKS = ("max_length", "held_back", "batch_size", "accumulate", "evaluations")
 GIVEN = ("target", "seed", "take", "dtype", "device", "attn", "reference_epochs")  # not an arm's
 NAME = re.compile(r"[\w.+-]+")  # of an arm: it names files
 
