@@ -465,5 +465,5 @@ def describe(target: Target) -> str:
     facts = {"dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)}
     line = f"target {target.name}: {size:.0f} M weights, {json.dumps(facts)}, {target.fingerprint}"
     if target.dtype == torch.bfloat16 and default_dtype(target.device) != torch.bfloat16:
-        line += "\nnote: this device only emulates bfloat16; --dtype float32 is many times faster"
+        line += "\nnote: torch reports no bfloat16 units here; --dtype float32 may be much faster"
     return line

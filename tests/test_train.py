@@ -473,6 +473,6 @@ def test_scripts_do_no_work_when_imported():
 @pytest.mark.parametrize("native", [torch.bfloat16, torch.float32])
 def test_a_type_that_the_device_emulates_is_noted(monkeypatch, native):
     monkeypatch.setattr(targets, "default_dtype", lambda device: native)
-    noted = "emulates bfloat16" in targets.describe(tiny_target(dtype=torch.bfloat16))
+    noted = "no bfloat16 units" in targets.describe(tiny_target(dtype=torch.bfloat16))
     assert noted == (native == torch.float32)
-    assert "emulates" not in targets.describe(tiny_target(dtype=torch.float32))
+    assert "no bfloat16" not in targets.describe(tiny_target(dtype=torch.float32))
