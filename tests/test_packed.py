@@ -146,7 +146,8 @@ def test_changed_weights_are_packed_again(dtype):
     model[0].weight.mul_(2)
     with packing(model).active():
         doubled = model(x)
-    torch.testing.assert_close(doubled, model(x))
+    room = {} if dtype == torch.float32 else {"atol": 0, "rtol": 0}
+    torch.testing.assert_close(doubled, model(x), **room)
 
 
 @torch.no_grad()
