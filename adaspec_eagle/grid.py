@@ -33,7 +33,7 @@ from adaspec_eagle.train import TrainConfig, Workshop, read_records, run_trainin
 BACKWARD = 2  # a backward pass costs two forward passes
 RELATED = ("head", "unroll", "draft_vocab", "train_output", "data", "max_length", "held_back",
            "init", "gradient_checkpointing")  # fmt: skip
-OF_TASKS = ("max_length", "held_back", "batch_size", "accumulate", "evaluations")
+OF_TASKS = ("max_length",)  # what a task may say over every arm: it costs no FLOPs
 GIVEN = ("target", "seed", "take", "dtype", "device", "attn", "reference_epochs")  # not an arm's
 NAME = re.compile(r"[\w.+-]+")  # of an arm: it names files
 
@@ -67,7 +67,7 @@ class Plan:
     arms: dict[str, CellArm]
     primary: tuple[str, str]  # fixed beforehand: (arm, everyone's baseline); ("", baseline): none
     seeds: dict[str, int] = field(default_factory=dict)  # by arm; others as many as --seeds
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # OF_TASKS: they cost no FLOPs
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # OF_TASKS
 
     @property
     def baseline(self) -> str:
@@ -469,6 +469,7 @@ def run_cell(
         "seed": cell.seed,
         "budget": settings.budget,
         "settings": asdict(settings),
+        "target_fingerprint": workshop.target.fingerprint,
         "config": notes["config"],
         "as_planned": _as_planned(arm),
         "epochs": notes["epochs"],
