@@ -6,7 +6,6 @@ a task share the draws, so that their differences are paired. A few seeds tell a
 little about how seeds differ, so that a p-value is never below that of a paired t-test over seeds.
 """
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from adaspec_eagle.alike import Facts, check_alike, facts
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.record import interval, one_line
+from adaspec_eagle.record import interval
 from adaspec_eagle.stats import AcceptanceStats
+from adaspec_eagle.storage import read_json
 
 Cells = list[dict[str, Any]]
 DRAWS = 20_000
@@ -61,11 +62,6 @@ class Arm:
         return self.counts[[self.seeds.index(seed) for seed in seeds]]
 
 
-OWN = {"seed", "reference", "features", "device", "report_to"}  # what a cell may have of its own
-# Settings that say where something is on a machine; what it computes in, the cell's config says.
-PLACES = {"target", "data", "prompts", "dtype"}
-
-
 def read_cells(out: Path, budget: str | None = None) -> dict[str, dict[str, Arm]]:
     """Task -> arm -> its cells under OUT/cells, of one budget (None: the only one there is)."""
     budgets = sorted(path.name for path in (out / "cells").glob("*") if path.is_dir())
@@ -74,60 +70,21 @@ def read_cells(out: Path, budget: str | None = None) -> dict[str, dict[str, Arm]
     if budget is None and len(budgets) > 1:
         raise UserError(f"{out} holds cells of several budgets ({', '.join(budgets)}); name one")
     found: dict[str, dict[str, Cells]] = defaultdict(lambda: defaultdict(list))
+    made: dict[str, list[tuple[str, Facts]]] = defaultdict(list)
     for path in sorted((out / "cells" / (budget or budgets[0])).glob("*/*.json")):
-        cell = json.loads(path.read_text(encoding="utf-8"))
+        cell = read_json(path)
         found[cell["task"]][cell["arm"]].append(cell)
+        made[cell["task"]].append((str(path), facts(cell)))
     if not found:
         raise UserError(
             f"{out} holds no cells of --epochs {budget or budgets[0]} (there are folders for "
             f"{', '.join(budgets)}); its tables stay as they are"
         )
-    for task, arms in found.items():
-        cells = [cell for of_arm in arms.values() for cell in of_arm]
-        kinds = {one_line([cell["prompts"]["ids"], alike(cell["settings"])]) for cell in cells}
-        if len(kinds) > 1:
-            raise UserError(
-                f"cells of {task} under {out} were measured on other prompts or with other "
-                "settings than each other; choose another --out, or delete the old ones"
-            )
-        _check_trained_alike(task, arms)
+    for of_task in made.values():
+        check_alike(of_task)
     return {
         task: {name: _arm(cells) for name, cells in arms.items()} for task, arms in found.items()
     }
-
-
-def alike(settings: dict[str, Any]) -> dict[str, Any]:
-    """Of a grid's settings those that all of its cells must share, whatever the machine."""
-    free = PLACES if settings.get("budget") == "best" else PLACES | {"most_epochs"}
-    return {name: value for name, value in settings.items() if name not in free}
-
-
-def _check_trained_alike(task: str, arms: dict[str, Cells]) -> None:
-    """Raise UserError if an arm's seeds differ in more than the seed, one data file had two
-    contents, or machines computed in different types."""
-    if len(kinds := {cell["config"]["dtype"] for of_arm in arms.values() for cell in of_arm}) > 1:
-        raise UserError(
-            f"cells of {task} were computed in {' and '.join(sorted(kinds))}: what differs is not "
-            "the arms alone; give all machines the same --dtype, and choose another --out"
-        )
-    contents: dict[str, set[str]] = defaultdict(set)
-    for name, cells in arms.items():
-        known = set.intersection(*(set(cell["config"]) for cell in cells))  # others came later
-        for key in sorted(known - OWN):
-            if len({one_line(cell["config"][key]) for cell in cells}) > 1:
-                raise UserError(
-                    f"cells of {task}, arm {name}: they were trained with different {key}; an arm "
-                    "that has changed wants a name, or an --out, of its own"
-                )
-        for cell in cells:
-            for file, digest in zip(cell["config"]["data"], cell["data_sha256"], strict=True):
-                contents[file].add(digest)
-    for file, digests in contents.items():
-        if len(digests) > 1:
-            raise UserError(
-                f"cells of {task} were trained on {file} with different contents ({digests}); "
-                "delete those of one, or choose another --out"
-            )
 
 
 def _arm(cells: Cells) -> Arm:

@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from adaspec_eagle.acceptance import acceptance_figures
+from adaspec_eagle.alike import Facts, check_alike, facts
 from adaspec_eagle.bench import Source, read_source
 from adaspec_eagle.callbacks import say
-from adaspec_eagle.contrasts import alike
 from adaspec_eagle.data import load_training
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import head_class, load_head
@@ -27,8 +27,9 @@ from adaspec_eagle.paths import taken
 from adaspec_eagle.prepare import write_store
 from adaspec_eagle.record import environment, sha256, write_json
 from adaspec_eagle.selection import needs
+from adaspec_eagle.storage import read_json
 from adaspec_eagle.targets import Target
-from adaspec_eagle.train import TrainConfig, Workshop, read_records, run_training
+from adaspec_eagle.train import TrainConfig, Workshop, filled, read_records, run_training
 
 BACKWARD = 2  # a backward pass costs two forward passes
 RELATED = ("head", "unroll", "draft_vocab", "train_output", "data", "max_length", "held_back",
@@ -193,10 +194,11 @@ def read_plan(path: Path) -> Plan:
             if not isinstance(count, int) or count < 1:
                 raise UserError(f"{path}: seeds of {name}: {count!r} is no number of seeds")
         for task, own in plan.tasks.items():
-            if unknown := set(own) - set(OF_TASKS):
+            unknown = sorted(set(own) - set(OF_TASKS)) if isinstance(own, dict) else [str(own)]
+            if unknown:
                 raise UserError(
-                    f"{path}: task {task}: {', '.join(sorted(unknown))}: a task's own settings are "
-                    f"{', '.join(OF_TASKS)}"
+                    f"{path}: task {task}: {', '.join(unknown)}: a task's own settings are "
+                    f"{{{', '.join(OF_TASKS)}: ...}}"
                 )
             for name in plan.arms:
                 config_of(plan.arm(name, task), {})
@@ -280,11 +282,9 @@ def run_grid(
     gone, as where records came from another machine, is trained again.
     """
     _check_arms(plan, cells, settings)
-    _check_done(plan, cells, settings, workshop, out)
     to_do = [cell for cell in cells if not _record(cell, out, settings).exists()]
     _check_files(plan, to_do, settings)
-    for task in dict.fromkeys(cell.task for cell in to_do):
-        prompts_of(task, settings, workshop.target)  # an error before hours of training
+    _check_made(plan, cells, settings, workshop, out)
     done, began = 0, time.monotonic()
     while open_cells := [cell for cell in cells if not _record(cell, out, settings).exists()]:
         before = done
@@ -307,31 +307,46 @@ def run_grid(
     return done
 
 
-def _check_done(
+def _check_made(
     plan: Plan, cells: Sequence[Cell], settings: GridSettings, workshop: Workshop, out: Path
 ) -> None:
-    """Raise UserError for a cell on record that these settings, or its arm now, would not make."""
-    dtype = str(workshop.target.dtype).removeprefix("torch.")  # by default what the device computes
-    for cell in cells:
-        path = _record(cell, out, settings)
-        if not path.exists():
-            continue
-        made = json.loads(path.read_text(encoding="utf-8"))
-        arm = plan.arm(cell.arm, cell.task)
-        pairs = [(n, made["settings"].get(n), v) for n, v in alike(asdict(settings)).items()]
-        pairs.append(("--dtype", made["config"]["dtype"], dtype))
-        was, now = made.get("as_planned"), _as_planned(arm)
-        if was is None:  # an older record: what the run had
-            known, own = made["config"], {"epochs", "data", "reference", "match"}
-            pairs += [(n, known[n], v) for n, v in now.items() if n in known and n not in own]
-        else:
-            pairs += [(n, was.get(n), now.get(n)) for n in sorted({*was, *now})]
-        for name, old, new in pairs:
-            if old != new:
-                raise UserError(
-                    f"{path} was made with {name} {old!r}, and now it would be {new!r}: choose "
-                    "another --out (and --work), or put it back"
-                )
+    """Raise UserError if what is on record of these tasks and what these cells are, or will be,
+    could not stand in one table."""
+    for task in dict.fromkeys(cell.task for cell in cells):
+        of_task = [cell for cell in cells if cell.task == task]
+        folder = _record(of_task[0], out, settings).parent
+        made = [(str(path), facts(read_json(path))) for path in sorted(folder.glob("*.json"))]
+        open_cells = any(not _record(cell, out, settings).exists() for cell in of_task)
+        source = prompts_of(task, settings, workshop.target) if open_cells else None
+        for cell in {cell.arm: cell for cell in of_task}.values():
+            to_make = _to_make(plan, cell, settings, workshop, source)
+            made.append((f"this command for arm {cell.arm}", to_make))
+        check_alike(made)
+
+
+def _to_make(
+    plan: Plan, cell: Cell, settings: GridSettings, workshop: Workshop, source: Source | None
+) -> Facts:
+    """What a cell's record will say, as far as it is known before any work."""
+    arm, target = plan.arm(cell.arm, cell.task), workshop.target
+    given = _given(plan, cell, settings, 1.0)
+    config = asdict(filled(config_of(arm, given), target))
+    if "data" in arm.config:
+        del config["epochs"]  # depends on how long its answers are
+    if arm.reference or config["init"]:
+        del config["draft_vocab"]  # that head's
+    files = [Path(name) for name in given["data"]]
+    made = {
+        "arm": cell.arm,
+        "settings": asdict(settings),
+        "target_fingerprint": target.fingerprint,
+        "config": config,
+        "as_planned": _as_planned(arm),
+        "head_flops": plan.cost(cell.arm, settings.epochs),
+        "prompts": source.describe() if source else {},
+        "data_sha256": [sha256(file) for file in files] if all(map(Path.is_file, files)) else None,
+    }
+    return facts(made)
 
 
 def _as_planned(arm: CellArm) -> dict[str, Any]:
@@ -431,16 +446,7 @@ def run_cell(
 ) -> dict[str, Any]:
     """Train one head, going on from its last checkpoint, and measure it; the cell's record."""
     arm, folder = plan.arm(cell.arm, cell.task), cell.within(work, settings)
-    given: dict[str, Any] = {
-        "target": settings.target,
-        "dtype": settings.dtype,
-        "epochs": plan.epochs(cell.arm, settings.epochs) * _longer(plan, cell, settings, workshop),
-        "seed": cell.seed,
-        "take": "best" if settings.budget == "best" else "last",
-        "data": data_files(arm, cell.task, settings),
-    }
-    if settings.budget == "best":  # a candidate an epoch
-        given["evaluations"] = math.ceil(given["epochs"])
+    given = _given(plan, cell, settings, _longer(plan, cell, settings, workshop))
     if arm.reference:
         needed = Cell(cell.task, arm.reference, cell.seed)
         given["reference"] = str(head_folder(needed, work, settings))
@@ -490,6 +496,22 @@ def run_cell(
     }
 
 
+def _given(plan: Plan, cell: Cell, settings: GridSettings, longer: float) -> dict[str, Any]:
+    """What the grid says of a cell's training, beside its arm; longer: see `_longer`."""
+    epochs = plan.epochs(cell.arm, settings.epochs) * longer
+    given: dict[str, Any] = {
+        "target": settings.target,
+        "dtype": settings.dtype,
+        "epochs": epochs,
+        "seed": cell.seed,
+        "take": "last",
+        "data": data_files(plan.arms[cell.arm], cell.task, settings),
+    }
+    if settings.budget == "best":  # a candidate an epoch
+        given |= {"take": "best", "evaluations": math.ceil(epochs)}
+    return given
+
+
 def _longer(plan: Plan, cell: Cell, settings: GridSettings, workshop: Workshop) -> float:
     """Answer tokens of the baseline's training records over those of the arm's: 1 for one data."""
     arms = [plan.arm(name, cell.task) for name in (cell.arm, plan.baseline)]
@@ -512,7 +534,7 @@ def _held_back(notes: dict[str, Any], take: str) -> float:
 
 def _check_same(folder: Path, config: TrainConfig) -> None:
     """Raise UserError if the run that was begun in `folder` is of another arm than it is now."""
-    begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+    begun = read_json(folder / "run.json")["config"]
     for name, value in asdict(config).items():
         if name not in begun or name == "features":
             continue  # a setting that came later; where features are kept changes nothing

@@ -219,21 +219,19 @@ def run_training(
     with main_first():
         config = _settle(config, out, resume)
     config.device = device or config.device
-    kind = head_class(config.head)
+    head_class(config.head)  # an unknown one is refused before the target is loaded
     if workshop is None:
         more = {"attn_implementation": config.attn} if config.attn else {}
         target = Target.load(config.target, config.dtype, config.device, **more)
         say(describe(target))
         workshop = Workshop(SplitTarget(target) if zero_stage() == 3 else target)
     target = workshop.target
-    config.dtype = str(target.dtype).removeprefix("torch.")
-    config.optimizer = _optimizer(config)
     if zero_stage():
         say(f"ZeRO {zero_stage()}: the optimiser is AdamW (Muon needs whole weight matrices)")
-    config.lr = config.lr or OPTIMIZERS[config.optimizer]
-    config.loss = config.loss or kind.default_loss
-    config.unroll = config.unroll or kind.default_unroll
-    config.draft_vocab = config.draft_vocab or kind.default_draft_vocab or target.vocab_size
+    config = filled(config, target)
+    assert config.draft_vocab is not None
+    assert config.loss is not None
+    assert config.unroll is not None
     given = _given_heads(config, target)
     sizes = HeadConfig.for_target(
         config.head,
@@ -258,6 +256,20 @@ def run_training(
         config.mask_oov,
     )
     return _stage(job, "head", objective, config.epochs, reference)
+
+
+def filled(config: TrainConfig, target: Target) -> TrainConfig:
+    """The same with what it leaves to the head, the target and the optimiser."""
+    kind, optimizer = head_class(config.head), _optimizer(config)
+    return replace(
+        config,
+        dtype=str(target.dtype).removeprefix("torch."),
+        optimizer=optimizer,
+        lr=config.lr or OPTIMIZERS[optimizer],
+        loss=config.loss or kind.default_loss,
+        unroll=config.unroll or kind.default_unroll,
+        draft_vocab=config.draft_vocab or kind.default_draft_vocab or target.vocab_size,
+    )
 
 
 def _optimizer(config: TrainConfig) -> str:

@@ -34,7 +34,7 @@ from adaspec_eagle.grid import (
     run_grid,
 )
 from adaspec_eagle.paths import taken
-from adaspec_eagle.record import write_json
+from adaspec_eagle.record import sha256, write_json
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import Target
 from adaspec_eagle.train import Workshop
@@ -52,7 +52,10 @@ arms:
 primary: [adaspec, equal]
 seeds: {ema: 1}
 """
-COMPUTING_FLOAT32 = Workshop(SimpleNamespace(dtype=torch.float32))
+COMPUTING_FLOAT32 = Workshop(
+    SimpleNamespace(dtype=torch.float32, fingerprint="ours", vocab_size=99)
+)
+TARGET = COMPUTING_FLOAT32.target
 
 
 @pytest.fixture
@@ -121,7 +124,9 @@ def test_cells_go_seed_by_seed(plan):
         ("match: adaspec}", "match: adaspec, init: x}", "differ in init"),
         ("seeds:", "tasks: {words: {lr: 0.1}}\nseeds:", "task words: lr: a task's own settings"),
         ("seeds:", "tasks: {words: {max_length: -1}}\nseeds:", "arm distillspec: .*max.length"),
-        ("seeds:", "tasks: {words: 3}\nseeds:", "no arms file"),
+        ("seeds:", "tasks: {words: 3}\nseeds:", "task words: 3: a task's own settings"),
+        ("seeds:", "tasks: {words:}\nseeds:", "task words: None: a task's own settings"),
+        ("seeds:", "tasks: {words: {batch_size: 2}}\nseeds:", "task words: batch_size: a task"),
     ],
 )
 def test_an_arms_file_with_a_mistake_is_refused(tmp_path, old, new, message):
@@ -370,7 +375,7 @@ def test_an_arm_with_data_of_its_own_makes_as_many_passes(tmp_path):
         )
 
 
-def test_an_arm_that_changed_under_way_and_cells_of_other_settings_are_refused(tmp_path, plan):
+def test_an_arm_that_changed_under_way_is_refused(tmp_path, plan):
     settings = script.settings_of(script.parser().parse_args(["--epochs", "1"]))
     cell = Cell("words", "distillspec", 0)
     given = {"target": settings.target, "data": ["runs/data/words.jsonl"], "epochs": 1.0}
@@ -381,31 +386,62 @@ def test_an_arm_that_changed_under_way_and_cells_of_other_settings_are_refused(t
     write_json(folder / "run.json", {"config": begun})
     with pytest.raises(UserError, match="begun with lr 0.5"):
         run_cell(plan, cell, settings, None, tmp_path)
-    made = {"task": "words", "arm": "equal", "prompts": {"ids": ["a"]}, "per_prompt": []}
-    for seed, depth in enumerate((5, 4)):
-        one = made | {"seed": seed, "settings": asdict(replace(settings, depth=depth))}
-        write_json(tmp_path / "cells" / "1" / "words" / f"equal-seed{seed}.json", one)
-    with pytest.raises(UserError, match="other settings"):
-        read_cells(tmp_path)
+
+
+def as_made(arm: grid.CellArm, seed: int = 0, **changes) -> dict:
+    """The record of a cell of task words as the command's defaults make it in float32, changed."""
+    settings = asdict(script.settings_of(script.parser().parse_args([])))
+    config = grid.filled(config_of(arm, {"epochs": 3.0, "seed": seed, "take": "last"}), TARGET)
+    made = {
+        "task": "words",
+        "arm": arm.name,
+        "seed": seed,
+        "settings": settings,
+        "target_fingerprint": "ours",
+        "config": asdict(config) | {"data": ["runs/data/words.jsonl"]},
+        "as_planned": grid._as_planned(arm),
+        "head_flops": 9.0,
+        "prompts": {"ids": [], "sha256": "of prompts"},
+        "data_sha256": ["of data"],
+        "per_prompt": [],
+    }
+    for name, value in changes.items():
+        made[name] = made[name] | value if isinstance(value, dict) else value
+    return made
+
+
+def write_cell(out, made: dict) -> None:
+    write_json(out / "cells" / "3" / "words" / f"{made['arm']}-seed{made['seed']}.json", made)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("arm", "change", "message"),
     [
-        ({"seed": 1}, None),
-        ({"lr": 0.5}, "arm equal: .* different lr"),
-        ({"data_sha256": ["other"]}, "different contents"),
+        ("distillspec", {"config": {"seed": 1, "device": "cuda:1", "target": "/elsewhere"}}, None),
+        ("distillspec", {"config": {"data": ["elsewhere"], "dtype": "float32"}}, None),
+        ("distillspec", {"settings": {"data": "elsewhere", "prompts": "x", "target": "y"}}, None),
+        ("distillspec", {"settings": {"most_epochs": 9.0}}, None),
+        ("distillspec", {"config": {"lr": 0.5}}, "has lr 0.02, .* has 0.5"),
+        ("distillspec", {"config": {"epochs": 2.0}}, "has epochs 3.0, .* has 2.0"),
+        ("distillspec", {"head_flops": 12.0}, "has head FLOPs 9.0, .* has 12.0"),
+        ("distillspec", {"as_planned": {"match": "ema"}}, "has match None, .* has 'ema'"),
+        ("distillspec", {"data_sha256": ["other"]}, "has data of SHA-256 "),
+        ("ema", {"config": {"lr": 0.5}, "head_flops": 12.0}, None),
+        ("ema", {"data_sha256": ["other"]}, "has data of SHA-256 "),
+        ("ema", {"data_sha256": ["other"], "as_planned": {"data": ["other.jsonl"]}}, None),
+        ("ema", {"target_fingerprint": "theirs"}, "has target weights 'ours', .* has 'theirs'"),
+        ("ema", {"prompts": {"sha256": "other"}}, "has prompts of SHA-256 "),
+        ("ema", {"settings": {"limit": 7}}, "has limit 64, .* has 7"),
+        ("ema", {"config": {"dtype": "bfloat16"}}, "has --dtype 'float32', .* has 'bfloat16'"),
     ],
 )
-def test_cells_that_were_trained_otherwise_are_not_averaged(tmp_path, change, message):
-    prompts = {"ids": [], "prompts": 0}
-    for seed, changed in enumerate(({}, change)):
-        config = {"lr": 0.1, "seed": 0, "data": ["a.jsonl"], "dtype": "float32"} | changed
-        one = {"task": "words", "arm": "equal", "seed": seed, "prompts": prompts, "per_prompt": []}
-        one |= {"settings": {}, "config": config, "data_sha256": ["first"]} | changed
-        write_json(tmp_path / "cells" / "1" / "words" / f"equal-seed{seed}.json", one)
+def test_cells_that_differ_in_more_than_arm_and_seed_share_no_table(
+    tmp_path, plan, arm, change, message
+):
+    write_cell(tmp_path, as_made(plan.arms["distillspec"]))
+    write_cell(tmp_path, as_made(plan.arms[arm], 1, **change))
     if message is None:
-        assert read_cells(tmp_path)["words"]["equal"].seeds == [0, 1]
+        assert read_cells(tmp_path)["words"][arm].seeds[-1] == 1
     else:
         with pytest.raises(UserError, match=message):
             read_cells(tmp_path)
@@ -430,47 +466,80 @@ def test_a_budget_that_an_arm_cannot_train_on_is_refused_before_any_work(plan, t
         run_grid(plan, [Cell("a", "written", 0)], settings, COMPUTING_FLOAT32, tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize("planned", [True, False])
 @pytest.mark.parametrize(
-    ("flags", "config", "message"),
+    ("flags", "arm", "message"),
     [
-        (["--limit", "7"], {}, "made with limit 64, and now it would be 7"),
-        ([], {"lr": 0.5}, "made with lr 0.02, and now it would be 0.5"),
-        (["--most-epochs", "9", "--data", "elsewhere/{task}.jsonl"], {}, None),
+        (["--most-epochs", "9", "--data", "elsewhere/{task}.jsonl", "--target", "x"], {}, None),
+        (["--limit", "7"], {}, "has limit 64, this command for arm distillspec has 7"),
+        ([], {"lr": 0.5}, "has lr 0.02, this command for arm distillspec has 0.5"),
+        ([], {"unroll": 2}, "has unroll 3, "),
+        ([], {"epochs": 2}, "has epochs 3.0, .* has 6.0"),
+        ([], {"method": "adaspec", "select": "adaspec-ema"}, "has method 'distillspec', "),
     ],
 )
-def test_what_is_on_record_must_be_what_would_be_made(
-    plan, tmp_path, planned, flags, config, message
-):
-    arm = plan.arms["distillspec"]
-    made = {"settings": asdict(script.settings_of(script.parser().parse_args([]))), "config": {}}
-    made["config"] = arm.config | {"seed": 0, "dtype": "float32"}
-    made |= {"as_planned": arm.config} if planned else {}
-    write_json(tmp_path / "cells" / "3" / "words" / "distillspec-seed0.json", made)
-    write_json(tmp_path / "3" / "words" / "distillspec-seed0" / "head" / "train.json", {})
-    changed = replace(arm, config=arm.config | config)
+def test_what_is_on_record_must_be_what_would_be_made(plan, tmp_path, flags, arm, message):
+    """Also where nothing is left to do, and with the files of the command not here."""
+    write_cell(tmp_path, as_made(plan.arms["distillspec"]))
+    changed = replace(plan.arms["distillspec"], config=plan.arms["distillspec"].config | arm)
     plan = Plan(plan.arms | {"distillspec": changed}, plan.primary)
-    settings = script.settings_of(script.parser().parse_args(flags))
+    work = (script.settings_of(script.parser().parse_args(flags)), COMPUTING_FLOAT32)
     cells = [Cell("words", "distillspec", 0)]
     if message is None:
-        assert run_grid(plan, cells, settings, COMPUTING_FLOAT32, tmp_path, tmp_path) == 0
+        assert run_grid(plan, cells, *work, tmp_path, tmp_path) == 0
+        assert list(read_cells(tmp_path)["words"]) == ["distillspec"]
+    else:
+        with pytest.raises(UserError, match=message):
+            run_grid(plan, cells, *work, tmp_path, tmp_path)
+
+
+def test_what_an_arm_no_longer_says_is_missed(plan, tmp_path):
+    arm = plan.arms["distillspec"]
+    write_cell(tmp_path, as_made(replace(arm, config=arm.config | {"unroll": 2, "decay": 0.9})))
+    settings = script.settings_of(script.parser().parse_args([]))
+    with pytest.raises(UserError, match="has unroll 2, .* has 3"):
+        run_grid(
+            plan, [Cell("words", arm.name, 0)], settings, COMPUTING_FLOAT32, tmp_path, tmp_path
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"config": {"dtype": "bfloat16"}}, "has --dtype 'bfloat16', this command .* 'float32'"),
+        ({"target_fingerprint": "theirs"}, "has target weights 'theirs', "),
+        ({"prompts": {"sha256": "other"}}, "has prompts of SHA-256 'other', "),
+        ({"data_sha256": ["other"]}, "has data of SHA-256 .'other'., "),
+    ],
+)
+def test_a_new_arm_must_fit_the_others_before_it_is_trained(
+    plan, tmp_path, monkeypatch, change, message
+):
+    """--only ema beside another arm's cell, with the files that the command reads elsewhere."""
+    data = answers_file(tmp_path / "moved-words.jsonl")
+    given = ["--data", str(tmp_path / "moved-{task}.jsonl"), "--prompts", data]
+    settings = script.settings_of(script.parser().parse_args(given))
+    made = as_made(
+        plan.arms["distillspec"], data_sha256=[sha256(data)], prompts={"sha256": sha256(data)}
+    )
+    for name, value in change.items():
+        made[name] = made[name] | value if isinstance(value, dict) else value
+    write_cell(tmp_path, made)
+    source = SimpleNamespace(describe=lambda: {"sha256": sha256(data)})
+    monkeypatch.setattr(grid, "prompts_of", lambda *_: source)
+    monkeypatch.setattr(grid, "_ready", lambda *_: True)
+    monkeypatch.setattr(
+        grid, "run_cell", lambda plan, cell, *_: as_made(plan.arms[cell.arm], head_flops=12.0,
+                                                         data_sha256=made["data_sha256"],
+                                                         prompts=made["prompts"])
+    )  # fmt: skip
+    cells = cells_of(plan, ["words"], 1, ["ema"])
+    if message is None:
+        assert run_grid(plan, cells, settings, COMPUTING_FLOAT32, tmp_path, tmp_path) == 1
+        assert set(read_cells(tmp_path)["words"]) == {"distillspec", "ema"}
     else:
         with pytest.raises(UserError, match=message):
             run_grid(plan, cells, settings, COMPUTING_FLOAT32, tmp_path, tmp_path)
-
-
-def test_a_machine_that_computes_in_another_type_adds_nothing(plan, tmp_path):
-    settings = script.settings_of(script.parser().parse_args([]))
-    for arm, dtype in (("distillspec", "bfloat16"), ("ema", "float32")):
-        made = {"task": "words", "arm": arm, "seed": 0, "settings": asdict(settings)}
-        made |= {"config": plan.arms[arm].config | {"dtype": dtype, "data": []}, "data_sha256": []}
-        made |= {"prompts": {"ids": []}, "per_prompt": []}
-        write_json(tmp_path / "cells" / "3" / "words" / f"{arm}-seed0.json", made)
-    cells = [Cell("words", "distillspec", 0)]
-    with pytest.raises(UserError, match="dtype 'bfloat16', and now it would be 'float32'"):
-        run_grid(plan, cells, settings, COMPUTING_FLOAT32, tmp_path, tmp_path)
-    with pytest.raises(UserError, match="computed in bfloat16 and float32"):
-        read_cells(tmp_path)
 
 
 def test_files_that_are_not_there_are_named_before_any_work(plan, tmp_path, monkeypatch):

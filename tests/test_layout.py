@@ -34,6 +34,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"onpolicy"},
     {"train", "measure", "suites"},
     {"report_figures", "rescore", "foreign", "baselines", "suite_tables", "trace"},
+    {"alike"},
     {"grid", "contrasts"},
     {"figures", "compare_tables", "report"},
     {"grid_speed"},
