@@ -22,7 +22,7 @@ from adaspec_eagle.selfdata import MAX_TOKENS, TEMPERATURE, TOP_P
 from adaspec_eagle.targets import Target
 
 USUAL_ANSWER, USUAL_KEPT = 130, 0.85  # tokens and share of prompts, before any have been seen
-TRIAL_CELLS, TRIAL_STEPS = 2_048, 8  # size of the trial that the estimate rests on
+TRIAL_CELLS, TRIAL_STEPS = 2_048, 4  # of prefill; the estimate rests on them
 
 
 def estimate(target: Target, asks: list[Ask], settings: Settings) -> str:
@@ -77,24 +77,36 @@ class Cost:
 
 
 def _trial(target: Target, prompt: list[int], rows: int, sampled: bool = False) -> Cost:
-    """A few steps on one batch behind the ends of its prompts; prefill in proportion to them."""
-    ends = prompt[-max(1, TRIAL_CELLS // rows) :]
-    tokens = torch.tensor([ends] * rows, device=target.device)  # [B, T]
-    steps = max(1, min(TRIAL_STEPS, target.context - len(ends) - 1))
+    """What a batch costs, from as few of its rows as TRIAL_CELLS allow behind the whole prompt.
+
+    A step costs what all rows take behind one token, and what those few take more behind the prompt
+    than behind one token, in proportion.
+    """
+    few = max(1, min(rows, TRIAL_CELLS // len(prompt)))
+    _timed(target, prompt[-1:], rows, 1, sampled)  # warms up
+    _, step = _timed(target, prompt[-1:], rows, TRIAL_STEPS, sampled)
+    least = step if few == rows else _timed(target, prompt[-1:], few, TRIAL_STEPS, sampled)[1]
+    steps = max(1, min(TRIAL_STEPS, target.context - len(prompt) - 1))
+    prefill, behind = _timed(target, prompt, few, steps, sampled)
+    return Cost(rows, prefill * rows / few, step + max(0.0, behind - least) * rows / few)
+
+
+def _timed(
+    target: Target, prompt: list[int], rows: int, steps: int, sampled: bool
+) -> tuple[float, float]:
+    """Seconds of a prefill of `rows` such prompts, and of one of the steps behind it."""
     temperature, top_p = (TEMPERATURE, TOP_P) if sampled else (0.0, 1.0)
-    for given, new in ((tokens[:, -1:], 2), (tokens, 1 + steps)):  # the first warms up
-        out = generate(
-            target,
-            None,
-            given,
-            max_new_tokens=new,
-            temperature=temperature,
-            top_p=top_p,
-            ignore_eos=True,
-        )
+    out = generate(
+        target,
+        None,
+        torch.tensor([prompt] * rows, device=target.device),
+        max_new_tokens=1 + steps,
+        temperature=temperature,
+        top_p=top_p,
+        ignore_eos=True,
+    )
     prefill = out.stats.seconds["prefill"]
-    step = (sum(out.stats.seconds.values()) - prefill) / steps
-    return Cost(rows, prefill * len(prompt) / len(ends), step)
+    return prefill, (sum(out.stats.seconds.values()) - prefill) / steps
 
 
 def _speed(cost: Cost, settings: Settings) -> float:

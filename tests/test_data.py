@@ -12,7 +12,7 @@ from tiny import tiny_model, tiny_target, tiny_target_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from adaspec_eagle import answers, asks, data, selfdata
+from adaspec_eagle import answers, asks, data, estimate, selfdata
 from adaspec_eagle.answers import answer_prompts, answer_self, give_answers
 from adaspec_eagle.apart import Measured
 from adaspec_eagle.asks import Ask, Settings, batches, tokenise
@@ -587,6 +587,28 @@ def test_make_data_takes_given_answers(tmp_path):
     (record,) = read_answers(out)
     assert record.temperature is None
     assert record.messages == messages
+
+
+@pytest.mark.parametrize(("rows", "length"), [(64, 1000), (64, 20), (2, 3000), (1, 5)])
+def test_the_trial_of_an_estimate_finds_what_a_batch_costs(monkeypatch, rows, length):
+    """On a machine with a cost for every token prefilled, for a step, a row, and a key read."""
+    cells = []
+
+    def timed(target, head, ids, max_new_tokens, **_):
+        few, tokens = ids.shape
+        step = 0.03 + 1e-3 * few + 1e-6 * few * tokens
+        cells.append(ids.numel())
+        seconds = {"prefill": 1e-4 * few * tokens, "verify": step * (max_new_tokens - 1)}
+        return SimpleNamespace(stats=SimpleNamespace(seconds=seconds))
+
+    monkeypatch.setattr(estimate, "generate", timed)
+    target = SimpleNamespace(device="cpu", context=8192)
+    cost = estimate._trial(target, [7] * length, rows)
+    assert cost.rows == rows
+    assert cost.prefill == pytest.approx(1e-4 * rows * length)
+    of_one = 1e-6 * rows  # a step's key of the one token that the few rows have, too
+    assert cost.step == pytest.approx(0.03 + 1e-3 * rows + 1e-6 * rows * length, abs=of_one)
+    assert max(cells) <= max(estimate.TRIAL_CELLS, length)
 
 
 @pytest.mark.parametrize(

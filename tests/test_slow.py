@@ -50,7 +50,8 @@ def test_float32_output_equals_generate_on_twenty_prompts(real_target, shipped, 
         found = out.sequences[0]
         if not torch.equal(found, wanted):
             size = min(len(found), len(wanted))
-            first = int((found[:size] != wanted[:size]).nonzero()[0])
+            apart = (found[:size] != wanted[:size]).nonzero()
+            first = int(apart[0]) if len(apart) else size  # one of them ended
             assert margin_at(real_target, wanted, first) < 1e-4, f"prompt {n}, position {first}"
     assert accepted > 100, "a head that accepts nothing proves nothing"
 
