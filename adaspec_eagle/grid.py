@@ -9,15 +9,16 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from adaspec_eagle.acceptance import acceptance_figures
-from adaspec_eagle.alike import Facts, check_alike, facts
+from adaspec_eagle.alike import check_alike, facts
 from adaspec_eagle.bench import Source, read_source
 from adaspec_eagle.callbacks import say
 from adaspec_eagle.data import load_training
@@ -312,6 +313,7 @@ def _check_made(
 ) -> None:
     """Raise UserError if what is on record of these tasks and what these cells are, or will be,
     could not stand in one table."""
+    digest = cache(sha256)  # arms share files
     for task in dict.fromkeys(cell.task for cell in cells):
         of_task = [cell for cell in cells if cell.task == task]
         folder = _record(of_task[0], out, settings).parent
@@ -319,24 +321,29 @@ def _check_made(
         open_cells = any(not _record(cell, out, settings).exists() for cell in of_task)
         source = prompts_of(task, settings, workshop.target) if open_cells else None
         for cell in {cell.arm: cell for cell in of_task}.values():
-            to_make = _to_make(plan, cell, settings, workshop, source)
-            made.append((f"this command for arm {cell.arm}", to_make))
+            to_make = _to_make(plan, cell, settings, workshop.target, source, digest)
+            made.append((f"this command for arm {cell.arm}", facts(to_make)))
         check_alike(made)
 
 
 def _to_make(
-    plan: Plan, cell: Cell, settings: GridSettings, workshop: Workshop, source: Source | None
-) -> Facts:
+    plan: Plan,
+    cell: Cell,
+    settings: GridSettings,
+    target: Target,
+    source: Source | None,
+    digest: Callable[[Path], str],
+) -> dict[str, Any]:
     """What a cell's record will say, as far as it is known before any work."""
-    arm, target = plan.arm(cell.arm, cell.task), workshop.target
+    arm = plan.arm(cell.arm, cell.task)
     given = _given(plan, cell, settings, 1.0)
     config = asdict(filled(config_of(arm, given), target))
-    if "data" in arm.config:
-        del config["epochs"]  # depends on how long its answers are
+    if "data" in arm.config:  # these depend on how long its answers are
+        del config["epochs"], config["evaluations"]
     if arm.reference or config["init"]:
         del config["draft_vocab"]  # that head's
     files = [Path(name) for name in given["data"]]
-    made = {
+    return {
         "arm": cell.arm,
         "settings": asdict(settings),
         "target_fingerprint": target.fingerprint,
@@ -344,9 +351,8 @@ def _to_make(
         "as_planned": _as_planned(arm),
         "head_flops": plan.cost(cell.arm, settings.epochs),
         "prompts": source.describe() if source else {},
-        "data_sha256": [sha256(file) for file in files] if all(map(Path.is_file, files)) else None,
+        "data_sha256": [digest(file) for file in files] if all(map(Path.is_file, files)) else None,
     }
-    return facts(made)
 
 
 def _as_planned(arm: CellArm) -> dict[str, Any]:

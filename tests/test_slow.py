@@ -43,9 +43,9 @@ def test_float32_output_equals_generate_on_twenty_prompts(real_target, shipped, 
     """Equality, but where the target's own top two are within 1e-4 of each other."""
     accepted = 0
     for n, ids in enumerate(prompt_ids):
-        wanted = real_target.model.generate(ids, max_new_tokens=32, do_sample=False)[0]
+        wanted = real_target.model.generate(ids, max_new_tokens=24, do_sample=False)[0]
         tree = ["dynamic", "static", "chain:4"][n % 3]
-        out = generate(real_target, shipped, ids, tree=tree, max_new_tokens=32)
+        out = generate(real_target, shipped, ids, tree=tree, max_new_tokens=24)
         accepted += out.stats.tokens - out.stats.rounds
         found = out.sequences[0]
         if not torch.equal(found, wanted):
@@ -71,9 +71,9 @@ def minute(tmp_path_factory):
     """A head after a short AdaSPEC training on answers that the target writes on the spot."""
     folder = tmp_path_factory.mktemp("minute")
     data, run = folder / "self.jsonl", folder / "run"
-    make = ["make_data.py", "--prompts", "self", "--tokens", "5000", "--max-new-tokens", "128"]
+    make = ["make_data.py", "--prompts", "self", "--tokens", "3000", "--max-new-tokens", "64"]
     train = ["train_head.py", "--data", str(data), "--epochs", "2", "--batch-size", "4"]
-    train += ["--evaluations", "2", "--held-back", "8"]
+    train += ["--evaluations", "1", "--held-back", "8"]
     for (script, *options), out in ((make, data), (train, run)):
         command = [sys.executable, str(REPOSITORY / "scripts" / script), *options]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
