@@ -1,6 +1,7 @@
 """Texts that must stay apart: prompts to train on and files to measure on."""
 
 import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,24 +20,33 @@ class Measured:
     """The user texts of measuring files, to keep training prompts apart from them.
 
     A text is among them if its normalised form equals a user message there or, from RUN words on,
-    if all its runs of RUN words occur there.
+    if all its runs of RUN words occur there, or all those of one message there occur in it.
     """
 
     def __init__(self, paths: Iterable[str | Path]) -> None:
         self.texts: set[str] = set()
-        self.runs: set[int] = set()
         for path in paths:
             for prompt in read_prompts(path):
-                for text in user_texts(prompt["messages"]):
-                    self.texts.add(text)
-                    self.runs.update(_runs(text))
+                self.texts.update(user_texts(prompt["messages"]))
+        self.of_run: dict[int, list[int]] = defaultdict(
+            list
+        )  # run -> numbers of texts that have it
+        self.runs: list[int] = []  # how many different ones each text has
+        for number, text in enumerate(self.texts):
+            runs = set(_runs(text))
+            self.runs.append(len(runs))
+            for run in runs:
+                self.of_run[run].append(number)
 
     def __contains__(self, messages: list[Message]) -> bool:
         return any(self._holds(text) for text in user_texts(messages))
 
     def _holds(self, text: str) -> bool:
-        runs = _runs(text)
-        return text in self.texts or bool(runs) and self.runs.issuperset(runs)
+        runs = set(_runs(text))
+        shared = [self.of_run[run] for run in runs if run in self.of_run]
+        found = Counter(number for numbers in shared for number in numbers)
+        holds_one = any(count == self.runs[number] for number, count in found.items())
+        return text in self.texts or holds_one or bool(runs) and len(shared) == len(runs)
 
 
 def user_texts(messages: list[Message]) -> list[str]:

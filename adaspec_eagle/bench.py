@@ -178,6 +178,7 @@ def open_bench(
     read: Callable[[argparse.Namespace, Target], list[Source]] = prompt_sources,
 ) -> Bench:
     """Load target, head and prompts as the arguments say. Raises UserError on anything unfit."""
+    environment()  # notes what code runs, before it is changed
     if args.max_new_tokens < 2:
         raise UserError("--max-new-tokens 1: nothing is drafted for a first token; give 2 or more")
     if args.out:

@@ -29,7 +29,8 @@ METRICS: dict[str, str] = {  # name -> definition
     "greedy_alpha": "accepted / (accepted + rejected) draft tokens on greedy chains, temperature 0",
     "alpha_t1": "the same on chains sampled from the head, ratio test, temperature 1",
     "overlap": "mean of sum_v min(p_v, q_v), first step, teacher-forced on the greedy answers",
-    "tau_sim": "1 + mean of sum_s prod_{j<=s} match_j, teacher-forced on the greedy answers",
+    "tau_sim": "1 + mean of sum_s prod_{j<=s} match_j over all positions, teacher-forced on the "
+    "greedy answers; above tau, whose rounds begin more often where drafts fail",
     "tau": "acceptance length of greedy chains, the target's own token included",
 }
 DEFINITIONS = METRICS | {

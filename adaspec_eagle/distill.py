@@ -225,9 +225,10 @@ def teacher_forced(
 
     Overlap is sum_v min(p, q) with the target's full-vocabulary p; match is whether head and target
     have the same most probable token; both are means over the supervised positions. tau_sim = 1 +
-    mean of sum_s prod_{j <= s} match_j over the indices at which all steps count: the acceptance
-    length of a chain of `steps` drafts, exact for the target's own greedy answers, an approximation
-    for others.
+    mean of sum_s prod_{j <= s} match_j over the indices at which all steps count: the tokens
+    of a round of `steps` drafts that began at any index alike. On the target's own greedy answers
+    each match is what a greedy chain would find there; the mean lies above the acceptance length
+    tau, whose rounds begin more often where drafts fail.
     """
     return forced_counts(target, head, answers, steps, batch_size, loss).figures()
 
@@ -450,7 +451,7 @@ class Distiller(Trainer):
             wrapped = model or self.model
             assert wrapped is not None
             rate = self.args.learning_rate
-            self.optimizer = make_optimizer(self.optimizer_name, wrapped, rate)
+            self.optimizer = make_optimizer(self.optimizer_name, wrapped, rate, self.target.dtype)
         return self.optimizer
 
     def get_batch_samples(

@@ -30,7 +30,7 @@ from adaspec_eagle.record import environment, sha256, write_json
 from adaspec_eagle.selection import needs
 from adaspec_eagle.storage import read_json
 from adaspec_eagle.targets import Target
-from adaspec_eagle.train import TrainConfig, Workshop, filled, read_records, run_training
+from adaspec_eagle.train import TrainConfig, Workshop, filled, kind_of, read_records, run_training
 
 BACKWARD = 2  # a backward pass costs two forward passes
 RELATED = ("head", "unroll", "draft_vocab", "train_output", "data", "max_length", "held_back",
@@ -45,7 +45,8 @@ FLOPS = (
     "for the reference head's losses, which are computed once (in every epoch with --on-policy and "
     "--features recompute); a moving average 1 a token and epoch; an answer that the head writes 2 "
     "a token. An arm with data of its own makes as many passes over answer tokens as it would over "
-    "the baseline's, whose tokens are counted. Comparable between heads of the same form only. The "
+    "the baseline's, whose tokens are counted; so are those of the answers that on-policy ones, "
+    "which can be shorter, replace. Comparable between heads of the same form only. The "
     "target's own work is not in it: one pass a task, shared by all arms, but another output layer "
     "in every step for losses and selections that need its full vocabulary, and with --on-policy a "
     "pass over all answers in every epoch"
@@ -145,14 +146,14 @@ class Plan:
 
 def config_of(arm: CellArm, given: dict[str, Any]) -> TrainConfig:
     """The arm's TrainConfig with some fields given; UserError for one that there is not."""
-    known = {f.name: str(getattr(f.type, "__name__", f.type)) for f in fields(TrainConfig)}
+    known = {option.name: kind_of(option) for option in fields(TrainConfig)}
     values = {name: value for name, value in arm.config.items() if name != "epochs"} | given
     for name, value in arm.config.items():
         if name not in known:
             raise UserError(f"arm {arm.name}: {name!r} is no setting of scripts/train_head.py")
         if name in GIVEN:
             raise UserError(f"arm {arm.name}: {name} is the grid's to say, not an arm's")
-        if isinstance(value, str) and known[name].startswith(("int", "float")):
+        if isinstance(value, str) and known[name] in (int, float):
             raise UserError(
                 f"arm {arm.name}: {name} {value!r} is text to YAML, which reads numbers like 3.0e-4"
             )
@@ -282,6 +283,7 @@ def run_grid(
     worker is training waits; whoever has nothing else to do looks again. A reference head that is
     gone, as where records came from another machine, is trained again.
     """
+    environment()  # notes what code runs, before it is changed
     _check_arms(plan, cells, settings)
     to_do = [cell for cell in cells if not _record(cell, out, settings).exists()]
     _check_files(plan, to_do, settings)
@@ -460,8 +462,8 @@ def run_cell(
     resumed = (folder / "run.json").exists()
     if resumed:
         _check_same(folder, config)
-    if config.features is None:
-        config.features = shared_features(config, workshop.target, work)
+    if config.features is None:  # never computed again: FLOPS counts what is kept
+        config.features = shared_features(config, workshop.target, work) or "memory"
     begun = replace(config, features=None) if resumed else config  # the run knows where they are
     trained = run_training(begun, folder, resumed, workshop)
     head = load_head(trained, workshop.target)

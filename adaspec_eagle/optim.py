@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaspec_eagle.targets import default_dtype
-
 OPTIMIZERS = {"muon": 3e-3, "adamw": 1e-3}  # name -> learning rate by default
 BETAS = (0.9, 0.95)
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """An optimiser of OPTIMIZERS over the model's trainable weights, without weight decay."""
+def make_optimizer(
+    name: str, model: nn.Module, lr: float, dtype: torch.dtype
+) -> torch.optim.Optimizer:
+    """An optimiser of OPTIMIZERS over the model's trainable weights, without weight decay.
+
+    dtype: what the target computes in, on which Muon's products depend: bfloat16, or the weights'
+    own type.
+    """
     weights = [p for p in model.parameters() if p.requires_grad]
     if name == "adamw":
         return torch.optim.AdamW(weights, lr=lr, betas=BETAS, weight_decay=0.0)
@@ -30,8 +34,7 @@ def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimi
     others = [p for p in weights if id(p) not in matrices]
     parts: list[torch.optim.Optimizer] = []
     if inner:
-        native = default_dtype(inner[0].device) == torch.bfloat16
-        kind = torch.optim.Muon if native else MuonInOwnType
+        kind = torch.optim.Muon if dtype == torch.bfloat16 else MuonInOwnType
         parts.append(kind(inner, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     if others:
         parts.append(torch.optim.AdamW(others, lr=lr, betas=BETAS, weight_decay=0.0))

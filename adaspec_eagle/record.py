@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from adaspec_eagle.errors import UserError
 
 PACKAGES = ("adaspec-eagle", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+CODE = tuple(f":/{name}" for name in ("adaspec_eagle", "heads", "scripts", "eval", "setup.cfg"))
 RESAMPLES = 2000
 CHUNK = 1 << 20  # bytes read at a time while hashing
 
@@ -62,12 +64,16 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+@cache
 def _checkout() -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout that tracks this package, else the running script."""
+    """Commit and dirty flag of the checkout that tracks this package, else the running script.
+
+    As they are when it is first asked for, which programs do when they begin; dirty: code differs.
+    """
     for file in (Path(__file__), Path(sys.argv[0])):
         folder, name = file.resolve().parent, file.name
         if name and _git(folder, "ls-files", "--error-unmatch", name) is not None:
-            changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+            changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *CODE)
             return {"commit": _git(folder, "rev-parse", "HEAD"), "dirty": bool(changes)}
     return None
 

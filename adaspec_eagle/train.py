@@ -5,7 +5,7 @@ import math
 import time
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,12 @@ class TrainConfig:
     def selection(self) -> str:
         """The selection in force."""
         return self.select or METHODS[self.method]
+
+
+def kind_of(option: Field) -> type:
+    """What a value of this setting is, where there is one: int, float, or str for all others."""
+    known = option.type.__name__ if isinstance(option.type, type) else str(option.type)
+    return {"int": int, "float": float}.get(known.split(" ")[0], str)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from adaspec_eagle.errors import run_main
 from adaspec_eagle.losses import LOSSES
 from adaspec_eagle.selection import SELECTIONS
 from adaspec_eagle.targets import ALIASES
-from adaspec_eagle.train import METHODS, SCHEDULES, TrainConfig, run_training
+from adaspec_eagle.train import METHODS, SCHEDULES, TrainConfig, kind_of, run_training
 
 HELP = {
     "target": f"one of {', '.join(ALIASES)}; a hub id; a folder",
@@ -74,10 +74,8 @@ def parser() -> argparse.ArgumentParser:
         elif isinstance(default, list):
             made.add_argument(flag, nargs="+", default=[], help=note)
         else:
-            kinds = {"int": int, "float": float}
-            kind = kinds.get(str(getattr(option.type, "__name__", option.type)).split(" ")[0], str)
             shown = "" if default is None else f" (default {default})"
-            made.add_argument(flag, type=kind, default=default, help=note + shown)
+            made.add_argument(flag, type=kind_of(option), default=default, help=note + shown)
     made.add_argument("--out", type=Path, help="folder of the run (runs/TARGET-HEAD-METHOD)")
     made.add_argument("--resume", action="store_true", help="go on with the run in --out")
     return made

@@ -505,7 +505,8 @@ def test_what_occurs_in_a_measuring_file_is_recognised(tmp_path):
     measured = Measured([path])
     assert user("  hi THERE ") in measured
     assert user("write a story please about NINE small ships") in measured  # a part, from 8 words
-    assert user(f"{long} and one more") not in measured
+    assert user(f"Here is your task: {long} and one more") in measured  # wrapped
+    assert user("Please write a story please about nine small ships in peril") not in measured
     assert user("nine small ships") not in measured
     assert [*user("other"), *user("Hi, there")] in measured
 

@@ -243,7 +243,7 @@ def test_acceptance_figures_are_the_cpus(device):
 
 def trained(target, head):
     """Weights behind two steps of Muon and AdamW."""
-    optimizer = make_optimizer("muon", head.train(), 1e-3)
+    optimizer = make_optimizer("muon", head.train(), 1e-3, torch.bfloat16)
     for _ in range(2):
         gradients(target, head, Objective(unroll=2))
         optimizer.step()

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from adaspec_eagle import optim
 from adaspec_eagle.head import HeadConfig, built_in_heads, new_head
 from adaspec_eagle.optim import OPTIMIZERS, MuonInOwnType, make_optimizer, newton_schulz
 from tests.tiny import ARCHITECTURES, tiny_target
@@ -26,10 +25,10 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_saved_state_goes_on_to_the_bit(name):
     whole, cut = model_of(), model_of()
-    steps(whole, make_optimizer(name, whole, 1e-2), range(6))
-    first = make_optimizer(name, cut, 1e-2)
+    steps(whole, make_optimizer(name, whole, 1e-2, torch.bfloat16), range(6))
+    first = make_optimizer(name, cut, 1e-2, torch.bfloat16)
     steps(cut, first, range(3))
-    second = make_optimizer(name, cut, 1e-2)
+    second = make_optimizer(name, cut, 1e-2, torch.bfloat16)
     second.load_state_dict(first.state_dict())
     steps(cut, second, range(3, 6))
     for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
@@ -74,16 +73,16 @@ def test_newton_schulz_brings_singular_values_near_one():
     assert torch.allclose(newton_schulz(matrix.T, *given), found.T)
 
 
-@pytest.mark.parametrize("native", [torch.bfloat16, torch.float32])
-def test_muon_computes_in_bfloat16_where_the_device_does(monkeypatch, native):
-    monkeypatch.setattr(optim, "default_dtype", lambda device: native)
-    muon, _ = make_optimizer("muon", model_of(), 0.1).parts
-    assert type(muon) is (torch.optim.Muon if native == torch.bfloat16 else MuonInOwnType)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_computes_in_bfloat16_where_the_target_does(dtype):
+    """Whatever the machine: cells of one dtype are trained alike."""
+    muon, _ = make_optimizer("muon", model_of(), 0.1, dtype).parts
+    assert type(muon) is (torch.optim.Muon if dtype == torch.bfloat16 else MuonInOwnType)
 
 
 def test_muon_takes_matrices_and_adamw_the_rest():
     model = model_of()
-    optimizer = make_optimizer("muon", model, 0.5)
+    optimizer = make_optimizer("muon", model, 0.5, torch.bfloat16)
     muon, adamw = optimizer.parts
     assert {id(p) for p in muon.param_groups[0]["params"]} == {
         id(model[0].weight),
@@ -101,7 +100,7 @@ def test_output_rows_are_left_to_adamw():
     model = nn.ModuleDict(
         {"fc": nn.Linear(3, 3, bias=False), "lm_head": nn.Linear(3, 5, bias=False)}
     )
-    muon, adamw = make_optimizer("muon", model, 0.1).parts
+    muon, adamw = make_optimizer("muon", model, 0.1, torch.float32).parts
     assert adamw.param_groups[0]["params"] == [model["lm_head"].weight]
 
 

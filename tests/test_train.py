@@ -5,7 +5,9 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from adaspec_eagle.features import target_rows
 from adaspec_eagle.head import built_in_heads, read_config
 from adaspec_eagle.prepare import draft_vocab, split_records
 from adaspec_eagle.targets import Target
-from adaspec_eagle.train import TrainConfig, Workshop, epochs_made, run_training
+from adaspec_eagle.train import TrainConfig, Workshop, epochs_made, kind_of, run_training
 from scripts import train_head
 from tests.records import answers_file, record
 from tests.tiny import tiny_head, tiny_model, tiny_target, tiny_target_folder
@@ -274,6 +276,25 @@ def test_the_draft_vocabulary_holds_the_most_frequent_answer_tokens():
     others = [i for i in ids.tolist() if i not in target.eos_token_ids]
     assert counts[left_out].max() <= counts[others].min()
     assert coverage == pytest.approx(float(counts[ids].sum()) / len(answers))
+
+
+def test_the_kind_of_a_setting_is_found_in_every_python():
+    """From 3.14 on `int | None` has a __name__, which says nothing of int."""
+
+    class Union:
+        __name__ = "Union"
+
+        def __str__(self) -> str:
+            return "float | None"
+
+    assert kind_of(SimpleNamespace(type=Union())) is float
+    known = {option.name: kind_of(option) for option in fields(TrainConfig)}
+    assert (known["lr"], known["unroll"], known["epochs"], known["loss"]) == (
+        float,
+        int,
+        float,
+        str,
+    )
 
 
 def test_the_script_runs_as_a_program(tmp_path):
