@@ -28,9 +28,7 @@ class Measured:
         for path in paths:
             for prompt in read_prompts(path):
                 self.texts.update(user_texts(prompt["messages"]))
-        self.of_run: dict[int, list[int]] = defaultdict(
-            list
-        )  # run -> numbers of texts that have it
+        self.of_run: dict[int, list[int]] = defaultdict(list)  # run -> numbers of texts
         self.runs: list[int] = []  # how many different ones each text has
         for number, text in enumerate(self.texts):
             runs = set(_runs(text))
