@@ -17,8 +17,9 @@ PIP    = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c
 # Tests never ask the hub for anything: what they need comes from the package index or the cache.
 PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs
 
-# Tests of tiny models use one thread each: a process a core, which keeps a file's tests together.
-SPREAD = -n logical --maxprocesses 8 --dist loadfile
+# A process a core, each with its share of the threads; a file's tests stay together, and the files
+# with slow tests come first (tests/conftest.py).
+SPREAD = -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -67,8 +68,7 @@ paper-table: $(STAMP)
 	$(BIN)/python eval/reproduce.py --data-root "$(DATA_ROOT)" --out runs/paper-table
 
 test: $(STAMP)
-	$(PYTEST) $(SPREAD) -m "not slow and not long and not gpu"
-	$(PYTEST) -m slow
+	$(PYTEST) $(SPREAD) -m "not long and not gpu"
 	@echo "Not run here: the tests marked long or gpu (make test-all)."
 
 test-all: test

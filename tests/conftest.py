@@ -1,10 +1,14 @@
 """Settings for all tests: no network, one thread for tiny models, the real data if it is there."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, and so do the
+    threads = (os.cpu_count() or 1) // int(workers)  # programs that their tests start
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
 import pytest  # noqa: E402 - the environment comes first
 import torch  # noqa: E402
@@ -13,6 +17,12 @@ from adaspec_eagle.errors import UserError  # noqa: E402
 from adaspec_eagle.targets import DEFAULT_TARGET, Target  # noqa: E402
 
 THREADS = torch.get_num_threads()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with most slow tests come first: several processes then end at about the same time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

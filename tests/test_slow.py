@@ -71,9 +71,10 @@ def minute(tmp_path_factory):
     """A head after a short AdaSPEC training on answers that the target writes on the spot."""
     folder = tmp_path_factory.mktemp("minute")
     data, run = folder / "self.jsonl", folder / "run"
-    make = ["make_data.py", "--prompts", "self", "--tokens", "3000", "--max-new-tokens", "64"]
-    train = ["train_head.py", "--data", str(data), "--epochs", "2", "--batch-size", "4"]
-    train += ["--evaluations", "1", "--held-back", "8"]
+    make = ["make_data.py", "--prompts", "self", "--tokens", "1000", "--max-new-tokens", "48"]
+    make += ["--batch-size", "12"]
+    train = ["train_head.py", "--data", str(data), "--epochs", "3", "--batch-size", "4"]
+    train += ["--evaluations", "1", "--held-back", "4"]
     for (script, *options), out in ((make, data), (train, run)):
         command = [sys.executable, str(REPOSITORY / "scripts" / script), *options]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
