@@ -256,7 +256,7 @@ def _by_columns(weights: Tensor, x: Tensor) -> Tensor:
 
 
 _LOCK = threading.Lock()
-_INSIDE: dict[int, tuple[int, str]] = {}  # by id of a config: how many blocks, what it had before
+_INSIDE: dict[int, tuple[frozenset, str]] = {}  # by id of a config: the blocks, what it had before
 
 
 def register() -> None:
@@ -272,16 +272,17 @@ def grouped(config: PreTrainedConfig) -> Iterator[None]:
     Several threads may be inside at once; the last one that leaves puts things back.
     """
     register()
-    with _LOCK:
-        inside, before = _INSIDE.get(id(config), (0, config._attn_implementation))
-        _INSIDE[id(config)] = (inside + 1, before)
-        config._attn_implementation = GROUPED
-    try:
+    me, own = object(), (frozenset[object](), config._attn_implementation)
+    try:  # from the first change on: Ctrl-C may come at any of them
+        with _LOCK:
+            inside, before = _INSIDE.get(id(config), own)
+            _INSIDE[id(config)] = (inside | {me}, before)
+            config._attn_implementation = GROUPED
         yield
     finally:
         with _LOCK:
-            inside, before = _INSIDE.pop(id(config))
-            if inside > 1:
-                _INSIDE[id(config)] = (inside - 1, before)
+            inside, before = _INSIDE.pop(id(config), own)
+            if inside - {me}:
+                _INSIDE[id(config)] = (inside - {me}, before)
             else:
                 config._attn_implementation = before

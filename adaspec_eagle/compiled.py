@@ -22,7 +22,7 @@ from adaspec_eagle.attention import grouped
 from adaspec_eagle.cache import TreeCache
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
-from adaspec_eagle.packed import packing, weights_state
+from adaspec_eagle.packed import hooks, packing, weights_state
 from adaspec_eagle.targets import Target
 
 Step = Callable[..., Any]  # (*inputs, mask, columns, buffer, *more) -> tensors
@@ -287,8 +287,9 @@ def widened(mask: Tensor, capacity: int) -> Tensor:
 def _known(
     calls: dict[tuple, tuple[list, Call]], module: nn.Module, key: tuple, make: Callable[[], Call]
 ) -> Call:
-    """The call of that key, made on first use and again when the module's weights have changed."""
+    """The call of that key, made on first use and again when weights or hooks have changed."""
     state = weights_state((*module.parameters(), *module.buffers()))
+    state += [hooked for part in module.modules() if (hooked := hooks(part))]
     if key not in calls or calls[key][0] != state:
         calls[key] = (state, make())
     return calls[key][1]

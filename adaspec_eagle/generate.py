@@ -421,7 +421,7 @@ class _Run:
         """Packed weights for many rounds, so that no round need put them in place."""
         with ExitStack() as stack:
             for module in () if self.compiled else filter(None, (self.target.model, self.head)):
-                stack.enter_context(packing(module).active())
+                stack.enter_context(packing(module, look=False).active())
             yield
 
     def keep(self, places: list[int]) -> None:

@@ -3,11 +3,14 @@
 A forward over a few tokens takes as long as its weights take to read. Packed, in bfloat16 they are
 read about 1.6 times as fast as in the plain layout; in float32, with AVX2, 2 to 32 tokens take 0.6
 to 0.8 of the time and one 1.1 (results/LOG.md), for a second copy of them in memory. The
-products are sums of the same products in float32, perhaps in another order.
+products are sums of the same products in float32, perhaps in another order. Layers with hooks are
+left as they are.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import psutil
@@ -16,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 ROWS = 16  # rows that the layout is made for; any number works
-SAMPLE = 256  # values by which a tensor's content is known
 ROOM = 3  # pack only where memory has this many times the model's size free
 
 
@@ -37,6 +39,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
+        self.weight: Tensor | None = None  # the plain one, for those who ask
         self.bias = bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
@@ -78,6 +81,8 @@ class Part(nn.Module):
 
     def __init__(self, together: Together, index: int) -> None:
         super().__init__()
+        self.weight: Tensor | None = None  # the plain ones, for those who ask
+        self.bias: Tensor | None = None
         self.together, self.index = together, index
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,6 +111,7 @@ class Packing:
                 key = (id(owned[0]), id(owned[1]))
                 if key not in twins:
                     twins[key] = merged.get(name) or PackedLinear(*owned)
+                    twins[key].weight, twins[key].bias = owned
                 self.places.append((parent._modules, name, child, twins[key]))
 
     @contextmanager
@@ -117,10 +123,10 @@ class Packing:
         if self.is_active:
             yield
             return
-        self.is_active = True
-        for children, name, _, twin in self.places:
-            children[name] = twin
-        try:
+        try:  # from the first change on: Ctrl-C may come at any of them
+            self.is_active = True
+            for children, name, _, twin in self.places:
+                children[name] = twin
             yield
         finally:
             for children, name, layer, _ in self.places:
@@ -131,10 +137,13 @@ class Packing:
 _PACKINGS: WeakKeyDictionary[nn.Module, Packing] = WeakKeyDictionary()
 
 
-def packing(model: nn.Module) -> Packing:
-    """The model's packing, made on first use and again whenever its weights have changed."""
+def packing(model: nn.Module, look: bool = True) -> Packing:
+    """The model's packing, made on first use and again whenever its weights have changed.
+
+    look False: as the last look found them, for one that was a moment ago.
+    """
     found = _PACKINGS.get(model)
-    if found is not None and found.is_active:
+    if found is not None and (found.is_active or not look):
         return found
     if found is None or found.state != weights_state(_linear_weights(model)):
         found = _PACKINGS[model] = Packing(model)
@@ -145,7 +154,7 @@ def weights_state(weights: Iterable[Tensor]) -> list[tuple]:
     """Changes whenever one of them is replaced, moved or written to.
 
     Writes to `.data`, as those of merged adapters, are not counted by torch: on CPU they show in a
-    sample of each tensor's values.
+    sample of each tensor's values, which has some of every row and of every column.
     """
     return [
         (w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version, _sample(w)) for w in weights
@@ -153,11 +162,24 @@ def weights_state(weights: Iterable[Tensor]) -> list[tuple]:
 
 
 def _sample(weight: Tensor) -> float | None:
-    """The sum of some hundred values that are spread over a tensor; None off the CPU."""
+    """The sum of values that are spread over a tensor; None off the CPU."""
     if weight.device.type != "cpu" or not weight.numel() or not weight.is_contiguous():
         return None
-    some = weight.detach().view(-1)[:: max(1, weight.numel() // SAMPLE)]
-    return float(some.double().sum())
+    flat = weight.detach().view(-1)
+    return float(flat[:: _stride(*weight.shape[-2:])].double().sum())
+
+
+@lru_cache(maxsize=1024)
+def _stride(rows: int, columns: int = 1) -> int:
+    """A step through a matrix, row by row, that meets each of its rows and columns.
+
+    It is below a row's length, so that none is passed over, and has no factor in common with it, so
+    that all columns come in turn; and below the number of rows, so that there are steps for that.
+    """
+    step = max(1, min(rows, columns) - 1)
+    while math.gcd(step, columns) > 1:
+        step -= 1
+    return step
 
 
 def _linear_weights(model: nn.Module) -> list[Tensor]:
@@ -166,12 +188,20 @@ def _linear_weights(model: nn.Module) -> list[Tensor]:
 
 
 def _weights(parent: nn.Module, child: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear layer; None for other modules."""
+    """Weight and bias of a linear layer; None for other modules, and where a twin would miss hooks."""
+    if child is None or hooks(child):
+        return None
     if type(child) is nn.Linear:
         return child.weight, child.bias
     if type(child) is Projection:
         return parent.output_weight, parent.logit_bias  # type: ignore[return-value]
     return None
+
+
+def hooks(module: nn.Module) -> tuple[int, ...]:
+    """What of others' code runs when a module is called: hooks, and a `forward` set on itself."""
+    found = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return tuple(map(id, [*found, *filter(None, [vars(module).get("forward")])]))
 
 
 def _projects(parent: nn.Module) -> bool:
@@ -183,9 +213,10 @@ def _merged(parent: nn.Module) -> dict[str, Part]:
     found: dict[str, Part] = {}
     for names in TOGETHER:
         layers = [parent._modules.get(name) for name in names]
-        linear = [layer for layer in layers if type(layer) is nn.Linear and _can_pack(layer.weight)]
+        linear = [layer for layer in layers if type(layer) is nn.Linear and _weights(parent, layer)]
         alike = len({(layer.in_features, layer.bias is None) for layer in linear}) == 1
-        if len(linear) == len(names) and len(set(linear)) == len(names) and alike:
+        fits = all(_can_pack(layer.weight) for layer in linear)
+        if len(linear) == len(names) and len(set(linear)) == len(names) and alike and fits:
             together = Together(linear)
             found |= {name: Part(together, index) for index, name in enumerate(names)}
     return found

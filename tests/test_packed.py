@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adaspec_eagle import generate
-from adaspec_eagle.packed import PackedLinear, Part, packing
+from adaspec_eagle.packed import PackedLinear, Part, packing, weights_state
 from tests.tiny import tiny_head, tiny_target
 
 if not torch.backends.mkldnn.is_available():
@@ -168,6 +168,44 @@ def test_weights_written_to_behind_torchs_back_are_packed_again(dtype):
     assert packing(model) is not second
 
 
+@pytest.mark.parametrize("rows, columns", [(64, 16), (16, 64), (8, 8), (1, 8), (8, 1), (2, 3)])
+def test_one_row_or_column_written_to_behind_torchs_back_is_seen(rows, columns):
+    weight = torch.zeros(rows, columns)
+    before = weights_state([weight])
+    for place in [*((row,) for row in range(rows)), *((slice(None), n) for n in range(columns))]:
+        weight.data[place] = 1
+        assert weights_state([weight]) != before
+        weight.data.zero_()
+    assert weights_state([weight]) == before
+
+
+@torch.no_grad()
+def test_a_layer_with_a_hook_is_not_packed(dtype):
+    """Whenever it comes, and whether its layer stands alone or together with others."""
+    model = model_of(dtype, Attention(False))[0]
+    x = torch.randn(3, 64, dtype=dtype)
+    plain = model(x, "qkv")
+    assert packing(model).places
+    hook = model.k_proj.register_forward_hook(lambda layer, given, out: out + 1)
+    with packing(model).active():
+        assert type(model.q_proj) is PackedLinear
+        steered = model(x, "qkv")
+    for name, more in (("q", 0), ("k", 1), ("v", 0)):
+        assert_close(steered[name], plain[name] + more)
+    hook.remove()
+    with packing(model).active():
+        assert type(model.k_proj) is Part
+        assert model.k_proj.weight.shape == (32, 64)
+
+
+@torch.no_grad()
+def test_a_forward_of_its_own_is_kept(dtype):
+    model = model_of(dtype, nn.Linear(8, 8))
+    model[0].forward = lambda x: 2 * x
+    with packing(model).active():
+        assert torch.equal(model(torch.ones(1, 8, dtype=dtype)), torch.full((1, 8), 2.0).to(dtype))
+
+
 def test_layer_used_twice_is_packed_once(dtype):
     shared = nn.Linear(8, 8)
     twins = [twin for *_, twin in packing(model_of(dtype, shared, nn.ReLU(), shared)).places]
@@ -199,3 +237,18 @@ def test_generation_leaves_target_and_head_as_they_were(dtype):
     generate(target, head, torch.tensor([[5, 6, 7]]), max_new_tokens=6)
     assert packing(target.model).places
     assert [id(m) for m in (*target.model.modules(), *head.modules())] == modules
+
+
+def test_a_steered_target_is_followed():
+    """A hook set behind the first decode counts in every round, drafted or not."""
+    target = tiny_target(dtype=torch.float32)
+    head, ids = tiny_head(target), torch.tensor([[5, 6, 7]])
+    before = generate(target, head, ids, max_new_tokens=12).sequences
+    layer = target.model.model.layers[0].self_attn.o_proj
+    hook = layer.register_forward_hook(lambda layer, given, out: 3 - 2 * out)
+    wanted = target.model.generate(ids, max_new_tokens=12, do_sample=False)
+    assert not torch.equal(wanted, before)
+    for drafted in (head, None):
+        assert torch.equal(generate(target, drafted, ids, max_new_tokens=12).sequences, wanted)
+    hook.remove()
+    assert torch.equal(generate(target, head, ids, max_new_tokens=12).sequences, before)
