@@ -436,7 +436,7 @@ class Drafter:
         """Log-probabilities and target ids of the `width` best: `[..., Vd]` -> `[..., W]` each."""
         logp, ids = logits.log_softmax(-1, dtype=torch.float32).topk(width, dim=-1)
         # What a head that gives no numbers drafts is a tree all the same, and may be rejected.
-        return logp.nan_to_num(nan=LEAST_LOGP, neginf=LEAST_LOGP), self.head.to_target(ids)
+        return logp.nan_to_num(nan=LEAST_LOGP).clamp(min=LEAST_LOGP), self.head.to_target(ids)
 
     def _forward(
         self, hidden: Tensor, tokens: Tensor, ahead: Tensor, seen: Tensor, step: int

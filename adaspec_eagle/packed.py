@@ -188,7 +188,7 @@ def _linear_weights(model: nn.Module) -> list[Tensor]:
 
 
 def _weights(parent: nn.Module, child: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear layer; None for other modules, and where a twin would miss hooks."""
+    """Weight and bias of a linear layer; None for other modules and for those with hooks."""
     if child is None or hooks(child):
         return None
     if type(child) is nn.Linear:

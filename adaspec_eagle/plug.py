@@ -46,6 +46,10 @@ REFUSED = {  # what a generation config may ask for and drafting does not do -> 
 }
 
 
+# Tensors that transformers hands over with every call; others would be further inputs of the model.
+KNOWN = ("attention_mask", "position_ids", "cache_position")
+
+
 def _ending_the_streamer(call: Callable[..., Any]) -> Callable[..., Any]:
     """End the plug's streamer behind a call, and behind an error: its reader waits for it."""
 
@@ -89,6 +93,7 @@ class Speculative:
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What transformers' own loop would return, from drafting; raises UserError."""
         _check_config(generation_config)
+        _check_inputs(input_ids, model_kwargs)
         past = model_kwargs.get("past_key_values")
         if past is not None and past.get_seq_length():
             raise UserError("past_key_values that hold tokens are not supported with drafting")
@@ -172,6 +177,25 @@ def _check_config(config: GenerationConfig) -> None:
                 f"{name}={value} is not supported with drafting: leave it out, or call generate "
                 "without custom_generate"
             )
+
+
+def _check_inputs(input_ids: Tensor, given: dict[str, Any]) -> None:
+    """Raise UserError for inputs of the forward that drafting does not pass on."""
+    others = [key for key, v in given.items() if isinstance(v, Tensor) and key not in KNOWN]
+    if others:
+        raise UserError(
+            f"{', '.join(others)} with drafting: only input_ids and attention_mask are supported; "
+            "leave custom_generate out, or give the text as input_ids"
+        )
+    places, mask = given.get("position_ids"), given.get("attention_mask")
+    if places is None:
+        return
+    seen = torch.ones_like(input_ids) if mask is None else mask
+    if ((places != seen.cumsum(-1) - 1) & seen.bool()).any():
+        raise UserError(
+            "position_ids other than 0, 1, 2, ... of each row's tokens are not supported with "
+            "drafting: leave them out"
+        )
 
 
 def _as_target(model: Any) -> Target:

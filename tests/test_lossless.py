@@ -156,6 +156,26 @@ def test_a_head_that_gives_no_numbers_drafts_in_vain(tree, first, temperature):
     assert generate(target, head, ids, tree=tree, **options).answers == plain.answers
 
 
+@pytest.mark.parametrize("tree", [Dynamic(12, 4, 3), Dynamic(60, 10, 8)], ids=["small", "large"])
+def test_a_head_of_enormous_logits_drafts_whole_trees(tree):
+    """In float32 a child's score may be its parent's: the child would be chosen alone."""
+    target = tiny_target()
+    head = tiny_head(target, draft_vocab=40)
+    logits, trees = head.logits, []
+    head.logits = lambda hidden: 1e5 * logits(hidden)
+    options = {"max_new_tokens": 60, "ignore_eos": True}
+    ids = torch.randint(5, VOCAB, (4, 12), generator=torch.Generator().manual_seed(0))
+    plain = generate(target, None, ids, **options)
+    found = generate(
+        target, head, ids, tree=tree, watch_tree=lambda made, _: trees.append(made), **options
+    )
+    assert found.answers == plain.answers
+    for made in trees:
+        above = made.depths.gather(1, made.parents)
+        assert torch.equal(made.depths[:, 1:], above[:, 1:] + 1)
+    assert sum(made.tokens.shape[1] for made in trees) > len(trees)
+
+
 def test_wiped_scratch_leaves_history_alone():
     cache = TreeCache(1, 16)
     keys = torch.ones(1, 1, 3, 2)

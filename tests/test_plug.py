@@ -232,6 +232,8 @@ def test_a_streamer_is_ended_behind_every_error():
         {"output_scores": True},
         {"no_repeat_ngram_size": 2},
         {"past_key_values": "filled"},
+        {"inputs_embeds": torch.zeros(1, 1, 32, dtype=torch.float64)},
+        {"position_ids": torch.arange(40)[None] + 3},
     ],
     ids=lambda more: next(iter(more)),
 )
@@ -240,6 +242,8 @@ def test_what_is_not_supported_is_refused_by_name(more):
     ids, mask = batch(1)
     if "past_key_values" in more:
         more = {"past_key_values": model(ids[:, :5], use_cache=True).past_key_values}
+    if "position_ids" in more:
+        more = {"position_ids": more["position_ids"][:, : ids.shape[1]]}
     named = "NoRepeatNGram" if "no_repeat_ngram_size" in more else next(iter(more))
     with pytest.raises(UserError, match=named):
         model.generate(
