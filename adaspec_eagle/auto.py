@@ -70,7 +70,7 @@ def measure_costs(
 ) -> Costs:
     """Time both on this machine; a second or two. `head` is bound; `width` nodes a level."""
     forward = target_call(target, tuple(head.config.feature_layers), compiled)
-    with decoding_mode(compiled):
+    with decoding_mode(target.device, compiled):
         times = [time_target(target, forward, rows, size) for size in SIZES]
         level = time_draft(head, rows, width, compiled)
     times = [max(times[: i + 1]) for i in range(len(times))]  # noise must not make more cheaper

@@ -259,7 +259,7 @@ def decode(
     """
     if head is not None:
         check_shape(shape, head, target.context)
-    with decoding_mode(compiled):
+    with decoding_mode(target.device, compiled):
         clock = Stopwatch(target.device)
         run = _Run(target, head, shape, sampler, clock, compiled, answers.watch_tree)
         with clock.part("prefill"):

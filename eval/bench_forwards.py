@@ -118,7 +118,7 @@ def measure(
     forward = target_call(target, tuple(head.config.feature_layers), compiled)
     forwards: dict[int, list[float]] = {size: [] for size in SIZES}
     levels: dict[int, list[float]] = {width: [] for width in WIDTHS}
-    with decoding_mode(compiled):
+    with decoding_mode(target.device, compiled):
         for _ in range(turns):
             for size, found in forwards.items():
                 found.append(time_target(target, forward, rows, size))

@@ -4,7 +4,7 @@
 
 Every step is one of this repository's own commands, printed before it runs. What is there already
 is used again; after a kill, run the same command. Sized to stay within 20 minutes on two CPU cores,
-downloads not counted: where the machine is slow, less data is written and fewer epochs are run.
+downloads not counted: where the machine is slow, less data is written.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from adaspec_eagle.targets import Target, describe
 
 HERE = Path(__file__).resolve().parents[1]
 OUT = Path("runs") / "demo"
-TOKENS, FIRST = 200_000, 20_000  # answer tokens wanted; made first, to see how fast it goes
-DATA_SECONDS, TRAIN_SECONDS = 380, 390
+TOKENS, FIRST = 200_000, 10_000  # answer tokens wanted; made first, to see how fast it goes
+SECONDS = 770  # for data and training
+EPOCHS, BATCH = 2, 2  # so few records want many small steps
 PROMPTS, NEW_TOKENS = 8, 64  # one measuring prompt of each kind
 
 # Cost of an answer token in training, in target forwards of one token (measured on two CPU cores
@@ -46,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     speed = forward_speed(target)
     del target
     data = OUT / "data.jsonl"
-    make_data(data)
-    train(data, speed)
+    make_data(data, speed)
+    train(data, speed, SECONDS - (time.perf_counter() - begin))
     shipped = Path(str(files("adaspec_eagle.heads"))) / "pretrained" / "smollm2-135m-eagle3-long"
     if (shipped / "config.json").exists():
         print("\nThe head that ships with the package, which saw a fuller training:")
@@ -69,8 +70,8 @@ Next: more data (python scripts/make_data.py --tokens 1000000 --out more.jsonl),
 proof that nothing is lost (python eval/lossless.py --tree --dtype float32)."""
 
 
-def make_data(file: Path) -> None:
-    """Prompts and answers by the target: TOKENS, or as many as DATA_SECONDS allow."""
+def make_data(file: Path, speed: float) -> None:
+    """Prompts and answers by the target: TOKENS, or what SECONDS allow with EPOCHS of training."""
     make = ["scripts/make_data.py", "--prompts", "self", "--out", str(file)]
     make += ["--exclude", str(HERE / "eval" / "prompts.jsonl")]
     if answer_tokens(file) >= TOKENS or (OUT / "run.json").exists():
@@ -78,16 +79,16 @@ def make_data(file: Path) -> None:
         return
     before, begin = answer_tokens(file), time.perf_counter()
     run([*make, "--tokens", str(before + FIRST)])
-    made, seconds = answer_tokens(file) - before, time.perf_counter() - begin
-    wanted = answer_tokens(file) + int(made / seconds * (DATA_SECONDS - seconds))
-    wanted = max(min(TOKENS, wanted), answer_tokens(file))
+    rate = (answer_tokens(file) - before) / (time.perf_counter() - begin)
+    each = 1 / rate + (features(file) / answer_tokens(file) + EPOCHS * PASSES) / speed  # seconds
+    wanted = max(min(TOKENS, int(SECONDS / each)), answer_tokens(file))
     if wanted < TOKENS:
-        print(f"{made / seconds:.0f} tokens/s: {wanted:,} answer tokens instead of {TOKENS:,}")
+        print(f"{rate:.0f} tokens/s: {wanted:,} answer tokens instead of {TOKENS:,}")
     run([*make, "--tokens", str(wanted)])
 
 
-def train(data: Path, speed: float) -> None:
-    """Reference head and draft head, as many epochs as TRAIN_SECONDS allow."""
+def train(data: Path, speed: float, seconds: float) -> None:
+    """Reference head and draft head, as many epochs as the seconds allow."""
     if (OUT / "head" / "train.json").exists():
         print(f"{OUT / 'head'} is there")
         return
@@ -95,11 +96,10 @@ def train(data: Path, speed: float) -> None:
     if (OUT / "run.json").exists():
         run([*script, "--resume"])
         return
-    lengths = [(len(r["prompt_ids"]), len(r["answer_ids"])) for r in records(data)]
-    answers = sum(answer for _, answer in lengths)
-    left = TRAIN_SECONDS - sum(map(sum, lengths)) / speed
-    epochs = min(3.0, max(0.3, left * speed / (answers * PASSES)))
-    run([*script, "--data", str(data), "--epochs", f"{epochs:.1f}", "--evaluations", "3"])
+    left = seconds - features(data) / speed
+    epochs = min(3.0, max(0.3, left * speed / (answer_tokens(data) * PASSES)))
+    script += ["--data", str(data), "--epochs", f"{epochs:.1f}", "--batch-size", str(BATCH)]
+    run([*script, "--evaluations", "3"])
 
 
 def measure(head: Path, out: Path) -> None:
@@ -145,6 +145,11 @@ def records(file: Path) -> list[dict]:
 def answer_tokens(file: Path) -> int:
     """Answer tokens in a data file."""
     return sum(len(record["answer_ids"]) for record in records(file))
+
+
+def features(file: Path) -> int:
+    """Tokens that the target reads once before training: prompts and answers."""
+    return sum(len(record["prompt_ids"]) + len(record["answer_ids"]) for record in records(file))
 
 
 def forward_speed(target: Target) -> float:

@@ -1,5 +1,7 @@
 """Compiled forwards give what the eager ones give."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,13 @@ from torch._inductor.exc import InvalidCxxCompiler
 from adaspec_eagle import compiled as forwards
 from adaspec_eagle import generate
 from adaspec_eagle.attention import tree_mask
-from adaspec_eagle.compiled import static_target, target_call, target_step, widened
+from adaspec_eagle.compiled import (
+    decoding_mode,
+    static_target,
+    target_call,
+    target_step,
+    widened,
+)
 from adaspec_eagle.errors import UserError
 from tests.test_sampling import batch
 from tests.tiny import VOCAB, tiny_head, tiny_target
@@ -55,6 +63,32 @@ def test_compiled_heads_draft_what_eager_ones_draft(name, counted):
             )  # fmt: skip
         assert drafts[True] == drafts[False]
     assert counted["unique_graphs"] <= 12
+
+
+def test_a_cuda_device_is_the_current_one_while_it_decodes(monkeypatch):
+    """Streams, events and graphs of another would not wait for its work."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "device", lambda place: nullcontext(current.append(place)))
+    for compiled in (False, True):
+        with decoding_mode(torch.device("cuda:1"), compiled):
+            assert torch.is_inference_mode_enabled() != compiled
+            assert not torch.is_grad_enabled()
+        with decoding_mode(torch.device("cpu"), compiled):
+            pass
+    assert current == [torch.device("cuda:1")] * 2
+
+
+@pytest.mark.long
+def test_a_hook_set_behind_the_first_decode_is_compiled_in(counted):
+    target = tiny_target()
+    ids, mask = batch(1)
+    before = generate(target, None, ids, mask, max_new_tokens=12, compiled=True).answers
+    layer = target.model.model.layers[0].self_attn.o_proj
+    with layer.register_forward_hook(lambda layer, given, out: 3 - 2 * out):
+        wanted = generate(target, None, ids, mask, max_new_tokens=12).answers
+        found = generate(target, None, ids, mask, max_new_tokens=12, compiled=True).answers
+    assert found == wanted != before
+    assert generate(target, None, ids, mask, max_new_tokens=12, compiled=True).answers == before
 
 
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
