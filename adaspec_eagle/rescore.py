@@ -1,8 +1,9 @@
 """Is an answer the target's own? First differences, and emitted tokens rescored one at a time.
 
-float64: every answer must be equal. float32: equal, but for first differences where the target's
-own top two logits lie within TIE of each other. Half precision: every emitted token, rescored by
-the target one token at a time, must lie within a margin of the largest logit.
+float64: every answer must be equal. float32: equal, or at the first difference the target's own top
+two logits lie within TIE of each other, and behind it every token lies within TIE of the largest
+logit. Half precision: every token of every answer within a margin of it. Tokens are rescored by the
+target one at a time; an answer that stops short counts as if it had an end token there.
 
 Legend: V vocabulary.
 """
@@ -48,7 +49,10 @@ class Difference:
 
 
 def compare(bench: Bench, shapes: dict[str, str], margin: float) -> dict[str, dict]:
-    """Mode -> matches, first differences and, in half precision, gaps of all emitted tokens."""
+    """Mode -> its record by `judge`.
+
+    Rescored are the tokens of answers that differ, in half precision those of all answers.
+    """
     found: dict[str, list[Difference]] = {key: [] for key in shapes}
     gaps: dict[str, list[float]] = {key: [] for key in shapes}
     units = track(bench.units(), "comparing", console=Console(stderr=True))
@@ -61,12 +65,16 @@ def compare(bench: Bench, shapes: dict[str, str], margin: float) -> dict[str, di
             for row, (prompt, one) in enumerate(zip(prompts, wanted, strict=True)):
                 for key, answers in made.items():
                     if one != answers[row]:
-                        found[key].append(difference(bench.target, prompt, one, answers[row]))
-                if bench.target.dtype in HALF:
-                    mine = [answers[row] for answers in made.values()]
-                    scored = token_gaps(bench.target, prompt.ids, mine)
-                    for key, values in zip(made, scored, strict=True):
-                        gaps[key] += values
+                        first = difference(bench.target, prompt, one, answers[row])
+                        found[key].append(first)
+                        if first.position >= len(answers[row]):  # there it stops short
+                            gaps[key].append(first.gap)
+                half = bench.target.dtype in HALF
+                mine = {key: answers[row] for key, answers in made.items()}
+                mine = {key: answer for key, answer in mine.items() if half or answer != one}
+                scored = token_gaps(bench.target, prompt.ids, list(mine.values()))
+                for key, values in zip(mine, scored, strict=True):
+                    gaps[key] += values
     total = sum(len(source.prompts) for source in bench.sources)
     dtype = bench.target.dtype
     return {k: judge(s, dtype, found[k], gaps[k], total, margin) for k, s in shapes.items()}
@@ -86,7 +94,7 @@ def judge(
     if rescored:
         passed = rescored["gap_max"] <= margin
     else:
-        passed = not found or (dtype == torch.float32 and ties == len(found))
+        passed = not found or (dtype == torch.float32 and ties == len(found) and max(gaps) < TIE)
     return {
         "shape": shape,
         "matched": total - len(found),
@@ -161,7 +169,7 @@ def agreement(target: Target, units: Sequence[Unit], keys: Sequence[str]) -> dic
     """Arm key -> whether its answers are those of arm `generate`, by the rule of the dtype.
 
     `lossless`, `gap` (the greatest) and `differences`. An answer that differs is judged where it
-    first does, in half precision at all of its tokens; equal answers are not rescored.
+    first does and at all of its tokens; equal answers are not rescored.
     """
     differences: dict[str, list[Difference]] = {key: [] for key in keys}
     gaps: dict[str, list[float]] = {key: [0.0] for key in keys}
@@ -173,7 +181,7 @@ def agreement(target: Target, units: Sequence[Unit], keys: Sequence[str]) -> dic
             for key, answer in other.items():
                 differences[key].append(difference(target, prompt, wanted, answer))
                 gaps[key].append(differences[key][-1].gap)
-            if target.dtype in HALF and other:
+            if other:
                 each = [list(one) for one in sorted({tuple(row) for row in other.values()})]
                 found = token_gaps(target, prompt.ids, each)  # neighbours begin alike: fed once
                 for key, answer in other.items():
@@ -181,6 +189,7 @@ def agreement(target: Target, units: Sequence[Unit], keys: Sequence[str]) -> dic
     made = {}
     for key in keys:
         fine = all(target.dtype == torch.float32 and one.tie for one in differences[key])
+        fine = fine and max(gaps[key]) < TIE
         if target.dtype in HALF:
             fine = max(gaps[key]) <= MARGIN
         shown = [asdict(one) for one in differences[key]]

@@ -27,18 +27,18 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from adaspec_eagle import bench
 from adaspec_eagle.asks import Ask, Settings, batches, padded, tokenise
-from adaspec_eagle.bench import positive
 from adaspec_eagle.data import Prompt, read_prompts
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.generate import generate
 from adaspec_eagle.measure import greedy_baseline
 from adaspec_eagle.record import bootstrap_ratio, environment, one_line, write_json
+from adaspec_eagle.rescore import Difference, difference
 from adaspec_eagle.selfdata import write_prompts
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
 
 WARM_UP = 4  # tokens
-TIE = 1e-4  # top-two margin below which float32 does not tell two tokens apart
 EXACT = (torch.float32, torch.float64)
 
 
@@ -65,9 +65,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (%(default)s)")
     add("--prompts", help="JSON Lines file (default: the target writes them)")
-    add("--limit", type=positive, default=256, help="number of prompts (%(default)s)")
-    add("--batch-size", type=positive, default=64, help="(%(default)s)")
-    add("--max-new-tokens", type=positive, default=224, help="(%(default)s)")
+    add("--limit", type=bench.positive, default=256, help="number of prompts (%(default)s)")
+    add("--batch-size", type=bench.positive, default=64, help="(%(default)s)")
+    add("--max-new-tokens", type=bench.positive, default=224, help="(%(default)s)")
     add("--ignore-eos", action="store_true", help="no answer ends before --max-new-tokens")
     add("--dtype", help="bfloat16, float32, float64 (by device)")
     add("--seed", type=int, default=0, help="of self-written prompts (%(default)s)")
@@ -117,25 +117,22 @@ def run(arms: list[Arm], target: Target, plan: list[list[Ask]], new: int) -> Non
             arm.seconds.append(time.perf_counter() - began)
 
 
-def margins(target: Target, plan: list[list[Ask]], arms: list[Arm]) -> list[float]:
-    """The target's top-two margin at the first difference of each answer that differs."""
+def differences(target: Target, plan: list[list[Ask]], arms: list[Arm]) -> list[Difference]:
+    """The first difference of each answer that differs."""
     stock, ours = ([row for batch in arm.answers for row in batch] for arm in arms)
     asks = [ask for batch in plan for ask in batch]
     found = []
     for ask, a, b in zip(asks, stock, ours, strict=True):
         if a != b:
-            same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
-            ids = torch.tensor([ask.ids + a[:same]], device=target.device)  # [1, T]
-            with torch.no_grad():
-                top = target.model(ids).logits[0, -1].topk(2).values
-            found.append(float(top[0] - top[1]))
+            asked = bench.Prompt(ask.prompt["id"], ask.prompt["task"], "", [], ask.ids)
+            found.append(difference(target, asked, a, b))
     return found
 
 
 def result_of(
-    args: argparse.Namespace, target: Target, arms: list[Arm], apart: list[float]
+    args: argparse.Namespace, target: Target, arms: list[Arm], apart: list[Difference]
 ) -> dict:
-    """Everything that is reported; `apart` holds the margins of differing answers."""
+    """Everything that is reported; `apart` has an entry for each answer that differs."""
     stock, ours = arms
     lengths = [len(answer) for batch in stock.answers for answer in batch]
     columns = np.array([stock.tokens, stock.seconds, ours.tokens, ours.seconds]).T  # [batches, 4]
@@ -162,9 +159,9 @@ def result_of(
         "ratio": float(ratio(columns.sum(0))),
         "ratio_ci95": bootstrap_ratio(columns, ratio),
         "matched": len(lengths) - len(apart),
-        "ties": sum(margin < TIE for margin in apart),
+        "ties": sum(one.tie for one in apart),
         "total": len(lengths),
-        "margins_at_first_difference": apart,
+        "margins_at_first_difference": [one.margin for one in apart],
         "environment": environment(),
     }
 
@@ -185,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = list(batches(tokenise(target, prompts, settings, Counter()), settings))
     arms = make_arms(decoded)
     run(arms, decoded, plan, args.max_new_tokens)
-    result = result_of(args, target, arms, margins(target, plan, arms))
+    result = result_of(args, target, arms, differences(target, plan, arms))
     for arm in arms:
         print(f"{arm.name:>9}: {result['arms'][arm.name]['tokens_per_s']:8.1f} tokens/s")
     low, high = result["ratio_ci95"]

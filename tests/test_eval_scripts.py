@@ -18,7 +18,7 @@ from adaspec_eagle.bench import Prompt, draft_shapes, find_head
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.figures import headline, total
 from adaspec_eagle.measure import PARTS, Outcome, Unit, greedy_baseline, left_padded
-from adaspec_eagle.rescore import agreement, token_gaps
+from adaspec_eagle.rescore import agreement, difference, judge, token_gaps
 from adaspec_eagle.stats import AcceptanceStats
 
 EVAL = Path(__file__).parents[1] / "eval"
@@ -313,6 +313,42 @@ def test_in_half_precision_a_different_answer_is_judged_at_all_its_tokens(monkey
     monkeypatch.setattr("adaspec_eagle.rescore.MARGIN", (small + large) / 2)
     found = agreement(target, units, ["generate", "same", "other"])["other"]
     assert (found["lossless"], found["gap"]) == (False, large)
+
+
+def test_in_float32_what_comes_behind_a_tie_is_judged_too():
+    """Two equal rows of the output layer: a tie first, and a bad token behind it."""
+    target = tiny_target(dtype=torch.float32)
+    rows, ids = target.model.get_output_embeddings().weight.data, [5, 6, 7]
+    logits = target.model(torch.tensor([ids])).logits[0, -1]
+    best = int(logits.argmax())
+    twin, last = (best + 1) % 97, int(logits.argmin())
+    rows[twin] = rows[best]
+    prompt = Prompt("p", "", "s", [], ids)
+    scored = {"same": [best, 9], "tie": [twin], "bad": [twin, last]}
+    after = target.model(torch.tensor([[*ids, twin]])).logits[0, -1]
+    scored["tie"].append(int(after.argmax()))
+    assert after.max() - after[last] > 1e-3
+    outcomes = {key: Outcome([row], AcceptanceStats(), 0) for key, row in scored.items()}
+    units = [Unit([prompt], outcomes | {"generate": outcomes["same"]})]
+    found = agreement(target, units, [*scored])
+    assert [one["lossless"] for one in found.values()] == [True, True, False]
+    first = [difference(target, prompt, scored["same"], scored[key]) for key in ("tie", "bad")]
+    assert all(one.tie for one in first)
+    for key, one in zip(("tie", "bad"), first, strict=True):
+        gaps = token_gaps(target, ids, [scored[key]])[0]
+        record = judge("chain:3", torch.float32, [one], gaps, 1, margin=0.5)
+        assert record["passed"] == (key == "tie")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lossless_fails_where_an_answer_stops_short(dtype, here, monkeypatch):
+    def short(bench, shape, ids, mask):
+        answers, stats = greedy_baseline(bench.target, bench.max_new_tokens, ids, mask)
+        return [answer[:-2] for answer in answers], stats
+
+    monkeypatch.setattr("adaspec_eagle.rescore.decode", short)
+    more = ("--prompts", "a.jsonl", "--chain", "2", "--dtype", dtype, "--margin", "0.01")
+    assert script("lossless").main(arguments(*more)) == 1
 
 
 def test_answers_rescored_together_score_as_each_does_in_one_forward():

@@ -168,9 +168,7 @@ def test_weights_written_to_behind_torchs_back_are_packed_again(dtype):
     assert packing(model) is not second
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns"), [(64, 16), (16, 64), (8, 8), (1, 8), (8, 1), (2, 3)]
-)
+@pytest.mark.parametrize(("rows", "columns"), [(64, 16), (16, 64), (8, 8), (1, 8), (8, 1), (2, 3)])
 def test_one_row_or_column_written_to_behind_torchs_back_is_seen(rows, columns):
     weight = torch.zeros(rows, columns)
     before = weights_state([weight])
