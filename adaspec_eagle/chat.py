@@ -61,6 +61,9 @@ class Chat:
             self._report(made.stats, time.perf_counter() - begin)
         except KeyboardInterrupt:
             self.console.print("\n[stopped]", style="dim", markup=False)
+            if not printer.text:  # before the answer began
+                self.messages.pop()
+                return
         except UserError:
             self.messages.pop()  # the question that could not be asked
             raise

@@ -179,8 +179,8 @@ def parse_shape(tree: str | Shape) -> Shape:
     """A shape from what a user types: "auto", "dynamic", "static", "chain:K", "sampled:K"."""
     if isinstance(tree, Shape):
         return tree
-    kind, _, size = tree.partition(":")
-    if kind in ("chain", "sampled") and (not size or size.isdigit()):
+    kind, _, size = str(tree).partition(":")
+    if kind in ("chain", "sampled") and (not size or size.isdecimal()):
         made = chain(int(size or 4))
         return Sampled(made.depth) if kind == "sampled" else made
     if tree == "auto":

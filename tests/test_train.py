@@ -24,7 +24,7 @@ from adaspec_eagle.targets import Target
 from adaspec_eagle.train import TrainConfig, Workshop, epochs_made, kind_of, run_training
 from scripts import train_head
 from tests.records import answers_file, record
-from tests.tiny import tiny_head, tiny_model, tiny_target, tiny_target_folder
+from tests.tiny import ARCHITECTURES, tiny_head, tiny_model, tiny_target, tiny_target_folder
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -366,6 +366,35 @@ def test_rotary_factors_that_change_with_the_length_are_refused():
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
     with pytest.raises(UserError, match="longrope"):
         tiny_target(rope_parameters={**rope, **factors}, max_position_embeddings=256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_target_that_looks_past_its_mask_is_refused(arch, dtype, monkeypatch):
+    """In half precision, too, where rounding alone moves logits by a part of that."""
+    tiny_target(arch, dtype=dtype)
+    made = targets.tree_mask
+
+    def everything(lengths, start, seen, dtype):
+        return made(lengths, start, torch.ones_like(seen).tril(), dtype)
+
+    monkeypatch.setattr(targets, "tree_mask", everything)
+    with pytest.raises(UserError, match="4-D attention mask"):
+        tiny_target(arch, dtype=dtype)
+
+
+def test_a_target_of_more_than_a_linear_output_layer_is_refused():
+    model = tiny_model()
+    model.lm_head.register_forward_hook(lambda layer, given, out: 30 * torch.tanh(out / 30))
+    with pytest.raises(UserError, match="soft-capping"):
+        Target.wrap(model)
+
+
+def test_a_target_that_gives_no_numbers_is_refused():
+    model = tiny_model()
+    model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        Target.wrap(model)
 
 
 def damaged(run, tmp_path, change) -> Path:
