@@ -384,9 +384,12 @@ def test_a_target_that_looks_past_its_mask_is_refused(arch, dtype, monkeypatch):
 
 
 def test_a_target_of_more_than_a_linear_output_layer_is_refused():
-    model = tiny_model()
-    model.lm_head.register_forward_hook(lambda layer, given, out: 30 * torch.tanh(out / 30))
-    with pytest.raises(UserError, match="soft-capping"):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = GraniteForCausalLM(GraniteConfig(**sizes, **heads, logits_scaling=3.0))
+    with pytest.raises(UserError, match="scaling or soft-capping"):
         Target.wrap(model)
 
 
