@@ -142,7 +142,9 @@ def build_baselines(bench: Bench, asks: Sequence[Ask]) -> Baselines:
 def add_compiled_generate(bench: Bench, made: Baselines) -> None:
     """`model.generate` compiled transformers' way, tried once; what it fails with, if it does."""
     arm = Arm(COMPILED, None, partial(compiled_baseline, bench))
-    facts: dict[str, Any] = {"paper": "transformers' static cache with torch.compile"}
+    facts: dict[str, Any] = {
+        "paper": "transformers' static cache, with room for the longest prompt, and torch.compile"
+    }
     begin = perf_counter()
     try:
         arm.decode(*left_padded(bench.units()[0], bench.target))
