@@ -142,9 +142,8 @@ def build_baselines(bench: Bench, asks: Sequence[Ask]) -> Baselines:
 def add_compiled_generate(bench: Bench, made: Baselines) -> None:
     """`model.generate` compiled transformers' way, tried once; what it fails with, if it does."""
     arm = Arm(COMPILED, None, partial(compiled_baseline, bench))
-    facts: dict[str, Any] = {
-        "paper": "transformers' static cache, with room for the longest prompt, and torch.compile"
-    }
+    what = "transformers' static cache, with room for the longest prompt, and torch.compile"
+    facts: dict[str, Any] = {"paper": what}
     begin = perf_counter()
     try:
         arm.decode(*left_padded(bench.units()[0], bench.target))

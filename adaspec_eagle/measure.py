@@ -132,7 +132,8 @@ def compiled_baseline(
     """The same, compiled transformers' own way: a static cache, decoding steps by torch.compile.
 
     The cache has room for every prompt of the bench, so that one graph serves all; its steps attend
-    over all of that room. Weights are not frozen as in our own graphs: freezing takes a static cache for a constant, too.
+    over all of that room. Weights are not frozen, as in our own graphs: freezing takes a static
+    cache for a constant, too.
     """
     how: Any = CompileConfig()
     how._compile_all_devices = True  # else transformers compiles on accelerators only
