@@ -170,7 +170,7 @@ def _sample(weight: Tensor) -> float | None:
 
 
 @lru_cache(maxsize=1024)
-def _stride(rows: int, columns: int = 1) -> int:
+def _stride(rows: int = 1, columns: int = 1) -> int:
     """A step through a matrix, row by row, that meets each of its rows and columns.
 
     It is below a row's length, so that none is passed over, and has no factor in common with it, so

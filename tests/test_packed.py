@@ -179,6 +179,13 @@ def test_one_row_or_column_written_to_behind_torchs_back_is_seen(rows, columns):
     assert weights_state([weight]) == before
 
 
+def test_a_number_alone_has_a_state_too():
+    number = torch.tensor(1.0)
+    before = weights_state([number])
+    number.data += 1
+    assert weights_state([number]) != before
+
+
 @torch.no_grad()
 def test_a_layer_with_a_hook_is_not_packed(dtype):
     """Whenever it comes, and whether its layer stands alone or together with others."""
