@@ -420,7 +420,7 @@ def _dequantised(model: Any) -> bool:
 
 @torch.no_grad()
 def _probe(target: Target) -> None:
-    """Check on four tokens what everything rests on; raise UserError if it does not hold.
+    """Check on a few tokens what everything rests on; raise UserError if it does not hold.
 
     The output layer must be a plain linear layer over the last hidden state, and the model must
     honour a 4-D mask and explicit positions: a tree's branch must give what its chain gives, and

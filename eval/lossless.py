@@ -3,10 +3,11 @@
     python eval/lossless.py --dtype float32 --prompts a.jsonl
     python eval/lossless.py --dtype bfloat16 --tree --chain 4 --limit 20 --out results/lossless
 
-float64: every answer must be equal. float32: equal, but for first differences where the target's
-own top two logits lie within 1e-4 of each other (they are listed). bfloat16 and float16: every
-emitted token, rescored by the target one token at a time, must lie within --margin of the largest
-logit. Exit status 1 if that does not hold. The last line of stdout is the result as JSON.
+float64: every answer must be equal. float32: equal, or at the first difference (listed) the
+target's own top two logits lie within 1e-4 of each other, and every token behind it within 1e-4 of
+the largest. bfloat16 and float16: every token, rescored by the target one at a time, must lie
+within --margin of the largest logit; so must an end token where an answer stops short. Exit status
+1 if that does not hold. The last line of stdout is the result as JSON.
 """
 
 import argparse
