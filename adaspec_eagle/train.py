@@ -640,8 +640,9 @@ def _fresh_head(job: Job, name: str) -> DraftHead:
 def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
     """The Trainer's arguments for one stage."""
     config = job.config
-    steps = max(1, round(len(job.data.train) / _window(config) * epochs))
-    every = max(1, steps // config.evaluations)
+    # As the Trainer counts them: an epoch's last step may have fewer records.
+    steps = math.ceil(epochs * math.ceil(len(job.data.train) / _window(config)))
+    every = math.ceil(steps / config.evaluations)
     made = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,

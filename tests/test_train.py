@@ -60,6 +60,19 @@ def run(folder):
     return folder / "run"
 
 
+@pytest.mark.parametrize(("epochs", "evaluations"), [(2, 2), (1.5, 1), (1.3, 3)])
+def test_a_stage_is_evaluated_as_often_as_asked_and_at_its_end(
+    folder, tmp_path, epochs, evaluations
+):
+    """An epoch's last step has fewer records than the others."""
+    changes = {"epochs": epochs, "evaluations": evaluations, "held_back": 2, "batch_size": 7}
+    made = run_training(options(folder, method="distillspec", **changes), tmp_path / "out")
+    notes = json.loads((made / "train.json").read_text())
+    steps = [entry["step"] for entry in notes["curves"] if "eval_tau_sim" in entry]
+    assert len(steps) == len(set(steps)) == evaluations
+    assert steps[-1] == notes["steps"]
+
+
 def test_a_run_leaves_a_reference_and_a_head_with_their_records(run):
     for stage, selection in (("reference", "none"), ("head", "adaspec")):
         notes = json.loads((run / stage / "train.json").read_text())
