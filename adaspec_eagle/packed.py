@@ -199,8 +199,12 @@ def _weights(parent: nn.Module, child: nn.Module | None) -> tuple[Tensor, Tensor
 
 
 def hooks(module: nn.Module) -> tuple[int, ...]:
-    """What of others' code runs when a module is called: hooks, and a `forward` set on itself."""
+    """What of others' code runs when a module is called: hooks, and a `forward` set on itself.
+
+    Those by which transformers collects outputs do nothing else, and come with the first forward.
+    """
     found = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    found = [f for f in found if not str(getattr(f, "__module__", "")).startswith("transformers.")]
     return tuple(map(id, [*found, *filter(None, [vars(module).get("forward")])]))
 
 
