@@ -8,7 +8,7 @@ PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
 
-# Where the prompt files of the README's tables lie, for make paper-table.
+# Where the prompt files of the committed tables lie, for make paper-table.
 DATA_ROOT ?=
 
 BIN   := $(VENV)/bin
@@ -27,7 +27,7 @@ SPREAD = -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo "make demo      train a reference head and a draft head on the default target, then measure"
-	@echo "make paper-table DATA_ROOT=DIR   measure the README's tables again and compare acceptance"
+	@echo "make paper-table DATA_ROOT=DIR   measure the tables of README and docs again, compare tau"
 	@echo "make test      tier 0 (seconds to minutes) and the slow tier (the real small target)"
 	@echo "make test-all  make test, and the long and gpu tiers (up to 90 minutes)"
 	@echo "make lint      ruff check, ruff format --check, mypy"
@@ -61,7 +61,7 @@ check-python:
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
 
-# Within an hour on two cores; exit status 1 if an acceptance length leaves its recorded interval.
+# Up to an hour a record on two cores; exit status 1 if an acceptance length leaves its recorded interval.
 paper-table: $(STAMP)
 	@[ -n "$(DATA_ROOT)" ] || { \
 	  echo "error: name the folder with EAGLE's question files: make paper-table DATA_ROOT=DIR" >&2; exit 2; }

@@ -261,8 +261,8 @@ def headline(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     low, high = bounds
     interval = f"95 % interval {low:.2f} to {high:.2f}" if low < high else "one prompt, no interval"
     sentence = (
-        f"{arm} decodes {value:.2f} times ({interval}) as fast as `{base}`, the fastest way "
-        f"without a draft (tokens/s: {speeds})."
+        f"End to end, {arm} is {value:.2f} times ({interval}) as fast as `{base}`, the fastest "
+        f"way without a draft (tokens/s: {speeds})."
     )
     return {"arm": arm, "over": base, "speedup": value, "ci95": bounds, "sentence": sentence}
 

@@ -65,6 +65,9 @@ def arm_rows(reference: str = "generate") -> dict[str, Callable[[Figures], str]]
         rows[f"seconds: {part}"] = seconds(part)
     rows["peak memory, MB"] = lambda arm: f"{arm['peak_memory_bytes'] / 1e6:.0f}"
     rows[f"answers equal to {reference}'s"] = lambda arm: f"{arm['matched']}/{arm['total']}"
+    rows["largest gap of a token, logits"] = lambda arm: (
+        f"{arm['gap']:.2g}" if "gap" in arm else "-"
+    )
     return rows
 
 

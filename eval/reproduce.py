@@ -1,4 +1,4 @@
-"""Measure the README's tables again, from the heads that ship, and compare the acceptance.
+"""Measure the committed tables again, from the heads that ship, and compare the acceptance.
 
     python eval/reproduce.py --data-root DIR                 what `make paper-table` runs
     python eval/reproduce.py --data-root DIR --minutes 2     on fewer prompts
@@ -44,6 +44,7 @@ from adaspec_eagle.suites import SUITES, PromptSet, local_file, read_questions
 from adaspec_eagle.targets import Target
 
 EAGLE_SETS = {one.files[0]: one for one in SUITES["eagle"].sets}
+PAGES = [Path("README.md"), Path("docs/results.md")]
 NAMED = re.compile(r"<!-- table:([^\s/]+)")
 WARM_UP = 1.25  # of the recorded time, for what is not recorded
 
@@ -75,7 +76,8 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--data-root", type=Path, required=True, metavar="DIR",
         help="folder with the prompt files that the records name")  # fmt: skip
-    add("--readme", type=Path, default="README.md", help="default: %(default)s")
+    add("--pages", type=Path, nargs="+", default=PAGES, metavar="FILE",
+        help=f"with the tables; default: {' '.join(map(str, PAGES))}")  # fmt: skip
     add("--results", type=Path, default="results", help="the records; default: %(default)s")
     add("--minutes", type=float, default=50, help="for each record, by the speed of the machine "
         "that made it; fewer prompts where it took longer; default: %(default)s")  # fmt: skip
@@ -99,13 +101,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_plans(args: argparse.Namespace, console: Console) -> list[Plan]:
-    """The README's records whose heads are at hand; UserError where a prompt file is missing."""
+    """The pages' records whose heads are at hand; UserError where a prompt file is missing."""
     if not args.data_root.is_dir():
         raise UserError(f"--data-root {args.data_root} is no folder")
-    if not args.readme.is_file():
-        raise UserError(f"{args.readme} does not exist; name the file with --readme")
+    there = [page for page in args.pages if page.is_file()]
+    if not there:
+        raise UserError(f"no {' or '.join(map(str, args.pages))}; name the files with --pages")
     plans = []
-    for name in dict.fromkeys(NAMED.findall(args.readme.read_text(encoding="utf-8"))):
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in there)
+    for name in dict.fromkeys(NAMED.findall(pages)):
         record = read_json(args.results / name / "result.json")
         why = unfit(record)
         if why:
@@ -114,7 +118,7 @@ def make_plans(args: argparse.Namespace, console: Console) -> list[Plan]:
         plans.append(Plan(name, record, affordable(record, 60 * args.minutes / WARM_UP)))
         check_files(plans[-1], args.data_root)
     if not plans:
-        raise UserError(f"no table of {args.readme} can be measured again")
+        raise UserError(f"no table of {' '.join(map(str, there))} can be measured again")
     return plans
 
 

@@ -39,6 +39,8 @@ def build(folder: str, draft_vocab: int, steps: int, layers: list[int]) -> torch
 
 def main() -> None:
     """Build, then train as many steps as each line asks for."""
+    if len(sys.argv) < 7:
+        sys.exit(__doc__)
     folder, (rows, length, draft_vocab, steps, *layers) = sys.argv[1], map(int, sys.argv[2:])
     torch.manual_seed(0)
     model = build(folder, draft_vocab, steps, layers)

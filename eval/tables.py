@@ -1,15 +1,16 @@
-"""Regenerate the README's tables from the records under results/.
+"""Regenerate the tables of README.md and docs/results.md from the records under results/.
 
     python eval/tables.py             rewrite what stands between the markers
-    python eval/tables.py --check     exit status 1 if the README is out of date
+    python eval/tables.py --check     exit status 1 if a page is out of date
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, where NAME is a folder under
-results/ (its result.json is read); of a speed-up `NAME/files` gives the table by prompt file and
-`NAME/methods` that of the arms beside the baselines.
+results/ (its result.json is read); of a speed-up `NAME/files` gives the table by prompt file,
+`NAME/methods` that of the arms beside the baselines, and `NAME/brief` the same without its command.
 """
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
@@ -20,8 +21,17 @@ from typing import Any
 from adaspec_eagle import plots
 from adaspec_eagle.acceptance import HEADER, table_rows
 from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.figures import headline
 from adaspec_eagle.record import markdown_table, write_text
 
+PAGES = [Path("README.md"), Path("docs/results.md")]
+PAGES += [
+    Path(f"heads/pretrained/smollm2-135m-{name}/README.md") for name in ("eagle3", "eagle3-long")
+]
+LAST_COLUMN = (
+    "Last column: lossless or not, answers identical to `generate`'s, and how far the logit of an "
+    "emitted token lies below the largest at most, where it is not zero."
+)
 MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -30,32 +40,44 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--readme", type=Path, default=Path("README.md"), help="default: %(default)s")
+    made.add_argument("--pages", type=Path, nargs="+", default=PAGES, metavar="FILE",
+                      help=f"default: {' '.join(map(str, PAGES))}")  # fmt: skip
     made.add_argument("--results", type=Path, default=Path("results"), help="default: %(default)s")
     made.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite or check one file."""
+    """Rewrite or check the pages."""
     args = parser().parse_args(argv)
-    if not args.readme.is_file():
-        raise UserError(f"{args.readme} does not exist; name the file with --readme")
-    before = args.readme.read_text(encoding="utf-8")
-    if before.count("<!-- table:") != len(MARKED.findall(before)):
-        raise UserError(f"{args.readme}: a `<!-- table:NAME -->` has no `<!-- /table -->` after it")
+    status = 0
+    for page in args.pages:
+        if not page.is_file():
+            raise UserError(f"{page} does not exist; name the files with --pages")
+        before = page.read_text(encoding="utf-8")
+        if before.count("<!-- table:") != len(MARKED.findall(before)):
+            raise UserError(f"{page}: a `<!-- table:NAME -->` has no `<!-- /table -->` after it")
+        after = updated(page, before, args.results)
+        if args.check and after != before:
+            print(f"{page} is out of date: run python eval/tables.py")
+            status = 1
+        elif after != before:
+            write_text(page, after)
+    return status
+
+
+def updated(page: Path, text: str, results: Path) -> str:
+    """A page's text with its tables made again."""
     told: set[str] = set()
-    after = MARKED.sub(lambda m: f"{m[1]}{section(args.results, m[2], told)}\n{m[3]}", before)
-    if args.check and after != before:
-        print(f"{args.readme} is out of date: run python eval/tables.py")
-        return 1
-    if after != before:
-        write_text(args.readme, after)
-    return 0
+
+    def made(found: re.Match) -> str:
+        return f"{found[1]}{section(page.parent, results, found[2], told)}\n{found[3]}"
+
+    return MARKED.sub(made, text)
 
 
-def section(results: Path, name: str, told: set[str]) -> str:
-    """One table and the line that says where it comes from, which `told` records have had."""
+def section(here: Path, results: Path, name: str, told: set[str]) -> str:
+    """A table and the line that says where it comes from, which `told` records have had."""
     folder, _, view = name.partition("/")
     path = results / folder / "result.json"
     if not path.is_file():
@@ -64,22 +86,23 @@ def section(results: Path, name: str, told: set[str]) -> str:
     key = f"{result.get('kind')}{'/' if view else ''}{view}"
     if key not in VIEWS:
         raise UserError(f"table {name}: no view for {key!r}; there are {', '.join(VIEWS)}")
-    source = "From the same record." if folder in told else source_line(path, result)
+    link = f"[`{path.as_posix()}`]({Path(os.path.relpath(path, here)).as_posix()})"
+    source = "From the same record." if folder in told else source_line(link, view, result)
     told.add(folder)
     return f"{VIEWS[key](result)}\n\n{source}"
 
 
-def source_line(path: Path, result: dict[str, Any]) -> str:
+def source_line(link: str, view: str, result: dict[str, Any]) -> str:
     """File, command, commit and machine: what makes the figures above quotable."""
     where = result["environment"]
     git = where["git"] or {"commit": "unknown", "dirty": False}
     commit = git["commit"][:10] + (" with local changes" if git["dirty"] else "")
     machine = where["cuda"] or f"{where['cpu']}, {where['threads']} threads"
     torch, transformers = (where["packages"][name] for name in ("torch", "transformers"))
+    command = "" if view == "brief" else f"`python {shlex.join(where['argv'])}`; "
     return (
-        f"From [`{path.as_posix()}`]({path.as_posix()}): `python {shlex.join(where['argv'])}`; "
-        f"commit {commit}; {machine}; torch {torch}, transformers {transformers}. Brackets: 95 % "
-        "bootstrap intervals over prompts."
+        f"From {link}: {command}commit {commit}; {machine}; torch {torch}, transformers "
+        f"{transformers}. Brackets: 95 % bootstrap intervals over prompts."
     )
 
 
@@ -90,7 +113,7 @@ def speedup(result: dict[str, Any]) -> str:
     rows = [[label, *map(cell, arms.values())] for label, cell in labels.items()]
     shapes = {key: arm["shape"] for key, arm in arms.items()}
     header = ["", *(f"{key} ({shape})" if shape else key for key, shape in shapes.items())]
-    return f"{markdown_table(header, rows)}\n\n{result['headline']['sentence']}"
+    return f"{markdown_table(header, rows)}\n\n{headline(arms)['sentence']}"
 
 
 def speedup_files(result: dict[str, Any]) -> str:
@@ -103,8 +126,13 @@ def speedup_files(result: dict[str, Any]) -> str:
 
 def speedup_methods(result: dict[str, Any]) -> str:
     """Rows are arms, those that lack something last."""
+    return f"{speedup_brief(result)}\n\n{'; '.join(plots.baseline_lines(result['baselines']))}"
+
+
+def speedup_brief(result: dict[str, Any]) -> str:
+    """The same without what the baselines are."""
     table = markdown_table(plots.METHOD_COLUMNS, plots.method_rows(result))
-    return "\n\n".join([table, "; ".join(plots.baseline_lines(result["baselines"]))])
+    return f"{table}\n\n{LAST_COLUMN}"
 
 
 def acceptance(result: dict[str, Any]) -> str:
@@ -136,6 +164,7 @@ VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "speedup": speedup,
     "speedup/files": speedup_files,
     "speedup/methods": speedup_methods,
+    "speedup/brief": speedup_brief,
     "acceptance": acceptance,
     "lossless": lossless,
 }

@@ -31,7 +31,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (default: %(default)s)")
-    add("--head", type=Path, metavar="DIR", help="default: the newest for this target, see README")
+    add(
+        "--head",
+        type=Path,
+        metavar="DIR",
+        help="default: the newest under runs/ for this target, else the one that ships",
+    )
     add("--no-draft", action="store_true", help="decode without a head, for comparison")
     add("--tree", default="auto", help="auto, dynamic, static, chain:K (default: %(default)s)")
     add("--max-new-tokens", type=positive, default=256, metavar="N", help="default: %(default)s")

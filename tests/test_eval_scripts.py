@@ -398,7 +398,7 @@ def test_tables_come_from_the_record_and_check_sees_a_stale_one(measured, here, 
         "top\n<!-- table:measured -->\nold\n<!-- /table -->\n"
         "<!-- table:measured/files -->\n<!-- /table -->\nend\n"
     )
-    where = ["--readme", str(readme), "--results", str(here)]
+    where = ["--pages", str(readme), "--results", str(here)]
     tables = script("tables")
     assert tables.main([*where, "--check"]) == 1
     assert "old" in readme.read_text()
