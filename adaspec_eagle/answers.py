@@ -17,6 +17,7 @@ from adaspec_eagle.data import (
     Prompt,
     Record,
     append_jsonl,
+    ending,
     given_record,
     mend_jsonl,
     prompt_messages,
@@ -94,9 +95,9 @@ def give_answers(
     """Write the answers that the prompts' file gives, in the target's tokens."""
     tally, done = start(target, out, None, say)
     asks = _not_done(target, prompts, settings, tally, done, say)
-    size = CHUNK * settings.batch_size
+    size, end = CHUNK * settings.batch_size, ending(target) if asks else []
     for begin in range(0, len(asks), size):
-        records = [given_record(ask.prompt, target) for ask in asks[begin : begin + size]]
+        records = [given_record(ask.prompt, target, end) for ask in asks[begin : begin + size]]
         if not _enough(tally, settings):
             _add(tally, out, records, target)
     return tally

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
@@ -37,11 +38,6 @@ class Unrolled:
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of softmax and losses: float32, or float64 for float64 input."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a boolean mask `[B, N, T]` (True = may look) into an additive one `[B, 1, N, T]`."""
-    return hide(torch.zeros_like(allowed, dtype=dtype)[:, None], allowed)
 
 
 def hide(mask: Tensor, allowed: Tensor) -> Tensor:
@@ -236,23 +232,27 @@ def _far_weights(
 
 def _against_columns(x: Tensor, columns: Tensor) -> Tensor:
     """`[B, Hk, G, N, D]` and `[B, Hk, T, D]` -> products `[B, Hk, G, N, T]`."""
-    b, hk, g, n, d = x.shape
-    flat = torch.bmm(x.reshape(b * hk, g * n, d), columns.reshape(b * hk, -1, d).transpose(1, 2))
-    return flat.view(b, hk, g, n, -1)
+    b, _, g, _, _ = x.shape
+    flat = torch.bmm(_of_group(x), rearrange(columns, "b k t d -> (b k) d t"))
+    return rearrange(flat, "(b k) (g n) t -> b k g n t", b=b, g=g)
 
 
 def _over_columns(weights: Tensor, columns: Tensor) -> Tensor:
     """`[B, Hk, G, N, T]` and `[B, Hk, T, D]` -> sums over the columns `[B, Hk, G, N, D]`."""
-    b, hk, g, n, t = weights.shape
-    flat = weights.to(columns.dtype).reshape(b * hk, g * n, t)
-    return torch.bmm(flat, columns.reshape(b * hk, t, -1)).view(b, hk, g, n, -1)
+    b, _, g, _, _ = weights.shape
+    flat = torch.bmm(_of_group(weights.to(columns.dtype)), columns.flatten(0, 1))
+    return rearrange(flat, "(b k) (g n) d -> b k g n d", b=b, g=g)
 
 
 def _by_columns(weights: Tensor, x: Tensor) -> Tensor:
     """`[B, Hk, G, N, T]` and `[B, Hk, G, N, D]` -> sums over G and N `[B, Hk, T, D]`."""
-    b, hk, g, n, t = weights.shape
-    flat = weights.to(x.dtype).reshape(b * hk, g * n, t)
-    return torch.bmm(flat.transpose(1, 2), x.reshape(b * hk, g * n, -1)).view(b, hk, t, -1)
+    flat = torch.bmm(_of_group(weights.to(x.dtype)).transpose(1, 2), _of_group(x))
+    return flat.unflatten(0, weights.shape[:2])
+
+
+def _of_group(x: Tensor) -> Tensor:
+    """All queries of a group of heads in one matrix: `[B, Hk, G, N, X]` -> `[B Hk, G N, X]`."""
+    return rearrange(x, "b k g n x -> (b k) (g n) x")
 
 
 _LOCK = threading.Lock()

@@ -14,7 +14,7 @@ from typing import Any
 
 from adaspec_eagle.bench import Bench, known_heads
 from adaspec_eagle.draft import Dynamic, Sampled, Shape, Static, parse_shape, static_paths
-from adaspec_eagle.errors import UserError
+from adaspec_eagle.errors import UserError, first_line
 from adaspec_eagle.foreign import assisted
 from adaspec_eagle.head import DraftHead, load_head
 from adaspec_eagle.measure import Arm, compiled_baseline, decode, left_padded
@@ -148,8 +148,7 @@ def add_compiled_generate(bench: Bench, made: Baselines) -> None:
     try:
         arm.decode(*left_padded(bench.units()[0], bench.target))
     except Exception as error:  # whatever a compiler raises: the table shows it
-        lines = str(error).splitlines() or [""]
-        facts["lacks"] = f"a graph: {type(error).__name__}: {lines[0]}"
+        facts["lacks"] = f"a graph: {type(error).__name__}: {first_line(error)}"
     else:
         facts |= {"lacks": None, "first_decode_s": perf_counter() - begin}
         made.arms.append(arm)

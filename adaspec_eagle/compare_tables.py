@@ -101,13 +101,13 @@ def difference_text(found: dict[str, Any], metric: str) -> str:
     return f"{found['difference']:+.{digits}f} [{bounds}]{star}"
 
 
-def task_table(found: Summary, task: str) -> str:
-    """Rows are arms, columns what they cost and every metric with its difference."""
+def task_rows(arms: Summary) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a task's table: arms, what they cost, every metric with its difference."""
     header = ["arm", "seeds", "steps", "passes", "head FLOPs", "tokens/s"]
     for metric in METRICS:
         header += [metric, "difference"]
     rows = []
-    for name, arm in found["tasks"][task].items():
+    for name, arm in arms.items():
         speed = arm["train_tokens_per_s"]
         row = [name, str(len(arm["seeds"])), str(arm["steps"])]
         row += [
@@ -119,7 +119,7 @@ def task_table(found: Summary, task: str) -> str:
             one = arm["metrics"][metric]
             row += [cell_text(one, metric), difference_text(one, metric)]
         rows.append(row)
-    return markdown_table(header, rows)
+    return header, rows
 
 
 def _equal_compute(arm: dict[str, Any], base: dict[str, Any]) -> bool:
@@ -149,8 +149,8 @@ def markdown(found: Summary) -> str:
         f"Budget: {found['budget']} epochs. {contrast_text(found)} * holds (see the definitions "
         f"below); † {UNEQUAL}.",
     ]
-    for task in found["tasks"]:
-        parts += [f"### {task}", task_table(found, task)]
+    for task, arms in found["tasks"].items():
+        parts += [f"### {task}", markdown_table(*task_rows(arms))]
     if found["speed"]:
         parts += ["### Speed, once for each kind of head", speed_table(found)]
     parts += ["### Greedy alpha, % (the layout of AdaSPEC's Table 1)", paper_table(found)]

@@ -8,9 +8,10 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,8 @@ def check_messages(item: dict[str, Any], where: str) -> list[Message]:
 def _label(item: dict[str, Any], path: Path, where: str) -> tuple[str, str]:
     """(id, task) of a line; named after file and line where the line does not say."""
     stem = path.name.split(".")[0]
-    return str(item.get("id") or f"{stem}-{where.rpartition(':')[2]}"), str(
-        item.get("task") or stem
-    )
+    known = {key: item[key] for key in ("id", "task") if item.get(key) not in (None, "")}
+    return str(known.get("id", f"{stem}-{where.rpartition(':')[2]}")), str(known.get("task", stem))
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
@@ -193,22 +193,21 @@ def _common_prefix(rows: list[list[int]]) -> list[int]:
     return rows[0][:n]
 
 
-def end_token(target: Target) -> int:
-    """The token that ends an answer: the template's end of a turn, else the first end token."""
-    suffix = chat_frame(target).suffix
-    return next(
-        (token for token in suffix if token in target.eos_token_ids), target.eos_token_ids[0]
-    )
+def ending(target: Target) -> list[int]:
+    """The token that ends an answer: the template's end of a turn, else the first end token, if
+    the target has one."""
+    ends = target.eos_token_ids
+    return [*(token for token in chat_frame(target).suffix if token in ends), *ends][:1]
 
 
-def given_record(item: Prompt, target: Target) -> Record:
-    """A record with the answer that the file gives, in the target's tokens, end token added."""
+def given_record(item: Prompt, target: Target, end: list[int]) -> Record:
+    """A record with the answer that the file gives, in the target's tokens, its `ending` added."""
     answer = given_answer(item["messages"])
     if not answer or not answer.strip():
         raise UserError(
             f"{item['where']}: the answer has no token to learn (no text after the prompt)"
         )
-    ids = target.tokenizer.encode(answer, add_special_tokens=False) + [end_token(target)]
+    ids = target.tokenizer.encode(answer, add_special_tokens=False) + end
     prompt = prompt_messages(item["messages"])
     return Record(
         id=item["id"],
@@ -232,10 +231,11 @@ def load_training(paths: Iterable[str | Path], target: Target, max_length: int) 
     made for another target, ids outside the vocabulary, an answer without a token to learn.
     """
     records, too_long = [], []
+    end = cache(partial(ending, target))
     for path in map(Path, paths):
         first = True
         for where, item in numbered_lines(path):
-            record = _training_record(item, target, path, where, check_format=first)
+            record = _training_record(item, target, path, where, end, check_format=first)
             first = False
             room = max_length - len(record.prompt_ids)
             if room < 1:
@@ -255,13 +255,18 @@ def load_training(paths: Iterable[str | Path], target: Target, max_length: int) 
 
 
 def _training_record(
-    item: dict[str, Any], target: Target, path: Path, where: str, check_format: bool
+    item: dict[str, Any],
+    target: Target,
+    path: Path,
+    where: str,
+    end: Callable[[], list[int]],
+    check_format: bool,
 ) -> Record:
     if "answer_ids" not in item:
         name, task = _label(item, path, where)
         messages = check_messages(item, where)
         prompt = {"id": name, "task": task, "messages": messages, "where": where}
-        return given_record(prompt, target)
+        return given_record(prompt, target, end())
     record = _record(item, path, where)
     made_for = (
         f"{where}: these token ids were made for another target ({record.target or 'unnamed'})"

@@ -459,7 +459,7 @@ class Distiller(Trainer):
     ) -> tuple[list, Tensor]:
         """The accumulation window's micro-batches, and what each step is divided by `[S]`.
 
-        None for a run that is gone on with behind its last step, inside an epoch.
+        No micro-batches for a run that was resumed behind its last step, inside an epoch.
         """
         objective, window = self.objective, []
         if 0 < self.state.max_steps <= self.state.global_step:
@@ -521,7 +521,8 @@ class Distiller(Trainer):
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = {f.name: getattr(batch, f.name) for f in fields(batch)} | {"mask": inputs["mask"]}
-        save_file({k: v.cpu().contiguous() for k, v in kept.items() if v is not None}, path)
+        alone = {k: v.cpu().contiguous().clone() for k, v in kept.items() if v is not None}
+        save_file(alone, path)  # features and hidden may be one tensor
         return (
             f"the loss of step {step} is not finite; no step was taken with it. Its batch is in "
             f"{path} (fields of unroll.Batch). Look for values there that are not finite or very "

@@ -35,9 +35,9 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return text
     if any(words in text for words in DISK_FULL) or getattr(error, "errno", None) == errno.EDQUOT:
-        return f"the disk is full ({_first_line(error)}); what was written before is whole"
+        return f"the disk is full ({first_line(error)}); what was written before is whole"
     if is_out_of_memory(error):
-        return f"out of memory: {_first_line(error)}\nUse a smaller --batch-size or --max-length"
+        return f"out of memory: {first_line(error)}\nUse a smaller --batch-size or --max-length"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return None
@@ -51,7 +51,7 @@ def explain_out_of_memory(way_out: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory: {_first_line(error)}\n{way_out}") from error
+        raise UserError(f"out of memory: {first_line(error)}\n{way_out}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -61,5 +61,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else "no more to be had"
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

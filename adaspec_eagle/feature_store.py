@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adaspec_eagle.data import Record, append_jsonl, mend_jsonl, numbered_lines
-from adaspec_eagle.errors import UserError
+from adaspec_eagle.errors import UserError, first_line
 from adaspec_eagle.features import row_width, target_batches, target_pass
 from adaspec_eagle.record import one_line, write_text
 from adaspec_eagle.targets import Target, parse_dtype
@@ -157,7 +157,7 @@ class FeatureStore:
                 names = ["rows", "scales"] if self.form.dtype == "int8" else ["rows"]
                 parts = {name: file.get_tensor(f"{key}.{name}") for name in names}
         except (SafetensorError, OSError) as error:
-            raise UserError(self._damaged(shard, str(error).splitlines()[0])) from error
+            raise UserError(self._damaged(shard, first_line(error))) from error
         if checksum(parts) != shard.checksums[n]:
             raise UserError(self._damaged(shard, f"wrong checksum of record {shard.names[n]}"))
         return unpack(parts, dtype)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -95,12 +96,8 @@ def table_bytes(lengths: Sequence[int], width: int, dtype: torch.dtype) -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that can still be had (Linux); elsewhere a guess of 4 GB."""
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return 4 * 10**9
-    lines = dict(line.split(":") for line in info.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    """Bytes of memory that can still be had."""
+    return psutil.virtual_memory().available
 
 
 def make_table(

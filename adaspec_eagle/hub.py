@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaspec_eagle.data import Prompt
-from adaspec_eagle.errors import UserError
+from adaspec_eagle.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def task_prompts(name: str, limit: int | None = None, split: str = "test") -> li
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"cannot load task {name!r} ({hub.path}) from the hub: {str(error).splitlines()[0]};"
+            f"cannot load task {name!r} ({hub.path}) from the hub: {first_line(error)};"
             " give a JSON Lines file with `messages`, or --prompts self"
         ) from error
     rows = rows.select(range(min(limit or len(rows), len(rows))))

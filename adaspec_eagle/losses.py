@@ -43,7 +43,7 @@ def jensen_shannon(
 ) -> Tensor:
     """Half of KL(p || m) and half of KL(q || m), m the mean of p and q; at most log 2."""
     log_p, log_q = target_logits.log_softmax(-1), draft_logits.log_softmax(-1)
-    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     halves = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
     return 0.5 * halves.sum(-1)
 

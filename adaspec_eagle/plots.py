@@ -213,7 +213,7 @@ def curves_png(history: list[Figures], path: Path) -> None:
     figure = Figure(figsize=(9.6, 6.0), layout="constrained", dpi=150)
     panels = {
         "training loss": ["loss"],
-        "held-back top-1 match by unroll step": _names(history, "eval_match_"),
+        "held-back top-1 match by unroll step": numbered(history, "eval_match_"),
         "held-back tau_sim": ["eval_tau_sim"],
         "tokens/s": ["tokens_per_s"],
     }
@@ -231,9 +231,10 @@ def curves_png(history: list[Figures], path: Path) -> None:
     write_bytes(path, image.getvalue())
 
 
-def _names(history: list[Figures], prefix: str) -> list[str]:
-    """The keys with that prefix, in order."""
-    return sorted({name for line in history for name in line if name.startswith(prefix)})
+def numbered(history: list[Figures], prefix: str) -> list[str]:
+    """The keys with that prefix, by the number that they end with."""
+    found = {name for line in history for name in line if name.startswith(prefix)}
+    return sorted(found, key=lambda name: int(name.removeprefix(prefix)))
 
 
 def _speed_panel(axes: Any, arms: dict[str, Figures]) -> None:

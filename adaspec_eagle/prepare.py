@@ -28,6 +28,7 @@ from adaspec_eagle.head import DraftHead
 from adaspec_eagle.processes import is_main_process, main_first
 from adaspec_eagle.reference import reference_losses
 from adaspec_eagle.targets import Target
+from adaspec_eagle.watch import token_counts
 
 Found = TypeVar("Found")
 
@@ -59,9 +60,7 @@ def draft_vocab(
 
     End tokens are always in; ties and what is left over go to the lower id. `ids`, if given, it is.
     """
-    counts = torch.zeros(target.vocab_size, dtype=torch.long)
-    for record in records:
-        counts += torch.bincount(torch.tensor(record.answer_ids), minlength=target.vocab_size)
+    counts = token_counts((record.answer_ids for record in records), target.vocab_size)
     total = int(counts.sum())
     ranked = counts.clone()
     ranked[target.eos_token_ids] = total + 1

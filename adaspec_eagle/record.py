@@ -21,7 +21,6 @@ from adaspec_eagle.errors import UserError
 PACKAGES = ("adaspec-eagle", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 CODE = tuple(f":/{name}" for name in ("adaspec_eagle", "heads", "scripts", "eval", "setup.cfg"))
 RESAMPLES = 2000
-CHUNK = 1 << 20  # bytes read at a time while hashing
 
 
 # ---- environment ---------------------------------------------------------------------------------
@@ -93,11 +92,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shown(path: str | Path) -> str:

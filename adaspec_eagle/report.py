@@ -14,8 +14,7 @@ from pathlib import Path
 from shlex import join
 from typing import Any
 
-from adaspec_eagle.compare_tables import cell_text, contrast_text, difference_text
-from adaspec_eagle.contrasts import METRICS
+from adaspec_eagle.compare_tables import UNEQUAL, contrast_text, task_rows
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.plots import arm_rows, matched_with
 from adaspec_eagle.record import with_interval
@@ -321,21 +320,14 @@ def add_training(page: Page, name: str, notes: Figures) -> None:
 def add_comparison(page: Page, name: str, found: Figures) -> None:
     """The summary of `eval/compare.py`: differences drawn, a table a task."""
     about = (
-        f"Arms trained on {found['budget']} epochs and compared. {contrast_text(found)} * holds."
+        f"Arms trained on {found['budget']} epochs and compared. {contrast_text(found)} * holds; "
+        f"† {UNEQUAL}."
     )
     other = "" if found["primary"][0] else f", against {found['baseline']}"
     owner = page.section(name + other, about)
     page.grid([forest_drawing(found, metric) for metric in ("greedy_alpha", "alpha_t1")], owner)
     for task, arms in found["tasks"].items():
-        header = ["arm", "seeds", "steps", *(n for m in METRICS for n in (m, "difference"))]
-        rows = []
-        for arm, facts in arms.items():
-            row = [arm, str(len(facts["seeds"])), str(facts["steps"])]
-            for metric in METRICS:
-                one = facts["metrics"][metric]
-                row += [cell_text(one, metric), difference_text(one, metric)]
-            rows.append(row)
-        page.add(card(task, table(TableData("", header, rows, ""))))
+        page.add(card(task, table(TableData("", *task_rows(arms), ""))))
     page.add(card("Definitions", definition_list(found["definitions"])))
 
 
@@ -423,7 +415,8 @@ def _theirs(row: list[str]) -> str:
 
 
 def _is_text(cells: list[str]) -> bool:
-    return not any(cell[0].isdigit() or cell[0] == "." for cell in cells if cell)
+    firsts = [cell.lstrip("+-")[:1] for cell in cells]
+    return not any(first.isdigit() or first == "." for first in firsts)
 
 
 def latex(page_views: Sequence[tuple[str, Figures]]) -> str:

@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from adaspec_eagle.plots import OTHERS, arm_color
+from adaspec_eagle.plots import OTHERS, arm_color, numbered
 from adaspec_eagle.record import write_bytes
 
 Figures = dict[str, Any]
@@ -109,7 +110,7 @@ def training_drawings(notes: Figures) -> list[Drawing]:
             )
         )  # fmt: skip
     if held:
-        steps = sorted({name for line in held for name in line if name.startswith("eval_match_")})
+        steps = numbered(held, "eval_match_")
         names = {name: f"step {name.rpartition('_')[2]}" for name in steps}
         made += [
             Drawing(
@@ -129,7 +130,7 @@ def training_drawings(notes: Figures) -> list[Drawing]:
 def forest_drawing(found: Figures, metric: str) -> Drawing:
     """Differences of a comparison to its baseline, a line for each task and arm."""
     lines = [
-        (f"{task}: {name}", arm["metrics"][metric])
+        (f"{task}: {name}" + " †" * (not arm["equal_compute"]), arm["metrics"][metric])
         for task, arms in found["tasks"].items()
         for name, arm in arms.items()
         if "difference" in arm["metrics"][metric]
@@ -137,7 +138,8 @@ def forest_drawing(found: Figures, metric: str) -> Drawing:
     colour = "; in colour: the primary contrast" if found["primary"][0] else ""
     return Drawing(
         f"forest-{metric}", f"{metric}: difference to {found['baseline']}",
-        f"95 % intervals over seeds and prompts. Filled: holds after correction{colour}.",
+        f"95 % intervals over seeds and prompts. Filled: holds after correction{colour}. "
+        "†: other head FLOPs or form.",
         lambda axes: draw_forest(axes, lines), (5.4, 1.0 + 0.34 * max(len(lines), 2)),
     )  # fmt: skip
 
@@ -306,7 +308,7 @@ def _between(at: float, xs: list[float], ys: list[float]) -> float:
 def draw_curves(axes: Any, lines: list[Figures], names: dict[str, str], log: bool = False) -> None:
     """Curves over the steps of training, by name of the field."""
     colors = ("#3b7dd8", "#d9622b", *OTHERS)
-    for (name, label), color in zip(names.items(), colors, strict=False):
+    for (name, label), color in zip(names.items(), cycle(colors), strict=False):
         points = [(line["step"], line[name]) for line in lines if name in line]
         marker = "o-" if len(points) < 20 else "-"
         axes.plot(*zip(*points, strict=True), marker, color=color, label=label, markersize=4.5)

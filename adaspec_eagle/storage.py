@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adaspec_eagle.errors import UserError
+from adaspec_eagle.errors import UserError, first_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in this order
 HUB_ERRORS = (HTTPError, OSError, ValueError)  # no network, no such repository, no permission
@@ -36,7 +36,7 @@ def local_folder(name: str | Path) -> Path:
     except HUB_ERRORS as error:
         raise UserError(
             f"no head {name!r}: there is no such folder, and as a hub id it cannot be fetched: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -82,7 +82,7 @@ def read_pickled(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise UserError(
-            f"{path} cannot be read as plain tensors ({_first_line(error)}); pickled code is never "
+            f"{path} cannot be read as plain tensors ({first_line(error)}); pickled code is never "
             "run. Convert it to model.safetensors where you trust it"
         ) from error
 
@@ -92,13 +92,13 @@ def check_push(repo: str, log_in: bool = True) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"{repo!r} is no hub id (OWNER/NAME): {_first_line(error)}") from error
+        raise UserError(f"{repo!r} is no hub id (OWNER/NAME): {first_line(error)}") from error
     if not log_in:
         return
     try:
         HfApi().whoami()
     except HUB_ERRORS as error:
-        raise UserError(f"cannot push to {repo}: {_first_line(error)}; `hf auth login`") from error
+        raise UserError(f"cannot push to {repo}: {first_line(error)}; `hf auth login`") from error
 
 
 def push_folder(folder: Path, repo: str) -> str:
@@ -108,9 +108,5 @@ def push_folder(folder: Path, repo: str) -> str:
         address = api.create_repo(repo, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Add draft head")
     except HUB_ERRORS as error:
-        raise UserError(f"cannot push to {repo}: {_first_line(error)}") from error
+        raise UserError(f"cannot push to {repo}: {first_line(error)}") from error
     return str(address)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -205,7 +205,9 @@ def _category(item: dict[str, Any], one: PromptSet) -> str:
 
 
 def _question(item: dict[str, Any], one: PromptSet, where: str) -> Prompt:
-    name = item.get("id") or f"{one.name}-{item.get('question_id', where.rpartition(':')[2])}"
+    name = item.get("id")
+    if name is None:
+        name = f"{one.name}-{item.get('question_id', where.rpartition(':')[2])}"
     if "turns" in item:
         turns = item["turns"]
         if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):

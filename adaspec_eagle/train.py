@@ -126,15 +126,11 @@ class TrainConfig:
                 "feature store (make_data.py --write-features)"
             )
         least = {"batch_size": 1, "accumulate": 1, "max_length": 4, "tokens": 1}
-        least |= {"evaluations": 1, "held_back": 1}
+        least |= dict.fromkeys(("evaluations", "held_back", "unroll", "draft_vocab"), 1)
         for name, low in least.items():
-            if getattr(self, name) < low:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} {getattr(self, name)}: must be at least {low}")
-        for name in ("unroll", "draft_vocab"):
-            if (getattr(self, name) or 1) < 1:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} {getattr(self, name)}: must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: must be at least 0 and below 2**32")
         self._check_on_policy()
@@ -220,7 +216,8 @@ def run_training(
     """
     _optimizer(config)
     keep_freed_memory()
-    device = join_processes(config.device)
+    begun = _begun(out / "run.json").device if resume and (out / "run.json").is_file() else None
+    device = join_processes(config.device or begun)
     _check_half(config.dtype, device)
     with main_first():
         config = _settle(config, out, resume)
@@ -250,9 +247,6 @@ def run_training(
     _note_seen(config.init, data.facts)
     sizes = replace(sizes, draft_vocab_size=len(data.vocab))
     job = Job(config, out, target, sizes, data)
-    reference = None
-    if "reference" in needs(config.selection):
-        reference = given.get("reference") or _reference(job)
     objective = Objective(
         config.loss,
         config.selection,
@@ -261,6 +255,9 @@ def run_training(
         config.decay,
         config.mask_oov,
     )
+    reference = None
+    if "reference" in needs(config.selection):
+        reference = given.get("reference") or _reference(job, objective)
     return _stage(job, "head", objective, config.epochs, reference)
 
 
@@ -353,14 +350,10 @@ def _same_vocab(one: DraftHead, other: DraftHead) -> bool:
     return torch.equal(one.draft_ids, other.draft_ids)
 
 
-def _reference(job: Job) -> DraftHead:
-    """The reference head, trained by plain distillation first."""
-    config = job.config
-    assert config.unroll is not None
-    assert config.loss is not None
-    plain = Objective(config.loss, "none", unroll=config.unroll, decay=config.decay)
-    plain = replace(plain, mask_oov=config.mask_oov)
-    epochs = config.reference_epochs or config.epochs
+def _reference(job: Job, objective: Objective) -> DraftHead:
+    """The reference head, trained first: by the same objective, on all tokens."""
+    plain = replace(objective, select="none", keep=Objective.keep)
+    epochs = job.config.reference_epochs or job.config.epochs
     return load_head(_stage(job, "reference", plain, epochs, None), job.target)
 
 

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -14,10 +15,15 @@ from torch import Tensor
 BANDS = {"top_100": 100, "to_1000": 1000, "to_10000": 10_000}  # by rank; above them: "rest"
 
 
+def token_counts(answers: Iterable[Sequence[int]], vocab_size: int) -> Tensor:
+    """How often each token id stands in the answers `[V]`."""
+    ids = torch.tensor(list(chain.from_iterable(answers)), dtype=torch.long)
+    return torch.bincount(ids, minlength=vocab_size)
+
+
 def frequency_bands(answers: Iterable[Sequence[int]], vocab_size: int) -> Tensor:
     """Band of every token id `[V]`, by its rank among the answers' tokens: 0 the most frequent."""
-    ids = torch.tensor([token for answer in answers for token in answer], dtype=torch.long)
-    counts = torch.bincount(ids, minlength=vocab_size)
+    counts = token_counts(answers, vocab_size)
     rank = torch.empty_like(counts)
     rank[counts.argsort(descending=True, stable=True)] = torch.arange(vocab_size)
     return torch.bucketize(rank, torch.tensor(list(BANDS.values())), right=True)

@@ -95,16 +95,6 @@ class SplitTarget(Target):
         split_frozen(self.model.base_model)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.borrowed[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return self.borrowed[0].device
-
-    @property
     def embedding(self) -> Tensor:
         """The input embedding's rows `[V, H]`."""
         return self.borrowed[0]
@@ -119,8 +109,6 @@ class SplitTarget(Target):
         """The output layer's bias `[V]`, for targets that have one (Phi)."""
         return self.borrowed[2]
 
-    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """As Target's, from the rows that stayed whole."""
-        if rows is not None:
-            return super().logits(hidden, rows)
         return functional.linear(hidden, self.output_rows, self.output_bias)

@@ -32,6 +32,7 @@ from adaspec_eagle.bench import (
     open_bench,
     texts_sha256,
 )
+from adaspec_eagle.compiled import check_compiler
 from adaspec_eagle.data import Prompt, read_prompts
 from adaspec_eagle.draft import Auto
 from adaspec_eagle.errors import UserError, run_main
@@ -41,7 +42,7 @@ from adaspec_eagle.record import bootstrap_ratio, one_line, sha256, with_interva
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.storage import read_json, weights_file
 from adaspec_eagle.suites import SUITES, PromptSet, local_file, read_questions
-from adaspec_eagle.targets import Target
+from adaspec_eagle.targets import Target, default_device
 
 EAGLE_SETS = {one.files[0]: one for one in SUITES["eagle"].sets}
 PAGES = [Path("README.md"), Path("docs/results.md")]
@@ -131,6 +132,11 @@ def unfit(record: dict[str, Any]) -> str | None:
         return f"its head {folder} does not ship"
     if sha256(weights_file(folder)) != record["head"]["sha256"]:
         return f"its head {folder} has changed since"
+    if record["arguments"].get("compile"):
+        try:
+            check_compiler(default_device())
+        except UserError as error:
+            return str(error)
     return None
 
 
@@ -205,6 +211,7 @@ def reproduce(plan: Plan, args: argparse.Namespace, console: Console) -> dict[st
     given["head"] = record["head"]["folder"]
     settings = argparse.Namespace(**record["arguments"] | given)
     bench = open_bench(settings, partial(sources, plan, args.data_root))
+    bench = replace(bench, compiled=bool(record["arguments"].get("compile")))
     arms = recorded_arms(bench, record)
     units = run_arms(bench, arms, "measuring")
     compared = compare(plan, arms, units, bench.seed)

@@ -167,6 +167,21 @@ def test_the_chat_frame_is_what_surrounds_the_users_words(template):
     assert starts == frame.prefix if template else starts == [1, *frame.prefix]
 
 
+def test_a_given_answer_ends_with_the_end_of_a_turn_where_there_is_one():
+    target, item = byte_target(None), prompt(0) | {"where": "p.jsonl:1"}
+    item["messages"] = [*user("hi"), {"role": "assistant", "content": "yes"}]
+    said = target.tokenizer.encode("yes", add_special_tokens=False)
+    for ends in ([], [2], [5, 2]):
+        target.eos_token_ids = ends
+        found = data.given_record(item, target, data.ending(target))
+        assert found.answer_ids == said + ends[:1]
+
+
+def test_an_id_of_zero_is_an_id(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", prompt(1) | {"id": 0, "task": 0})
+    assert [(p["id"], p["task"]) for p in data.read_prompts(path)] == [("0", "0")]
+
+
 # ---- self-written prompts ------------------------------------------------------------------------
 
 
@@ -543,6 +558,17 @@ def test_hub_sets_get_their_customary_prompt(task, monkeypatch):
     assert prompt_messages(first["messages"]) == user(CUSTOMARY[task])
     assert data.given_answer(first["messages"])
     assert (first["id"], second["id"]) == (f"{task}-train-0", f"{task}-train-1")
+
+
+def test_an_error_without_words_is_named_by_its_type(monkeypatch):
+    import datasets
+
+    def load(*args, **kwargs):
+        raise OSError
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match="from the hub: OSError"):
+        task_prompts("gsm8k")
 
 
 def test_a_hub_that_is_not_there_is_an_error_with_a_way_out(monkeypatch):

@@ -352,13 +352,16 @@ def test_activations_computed_again_give_the_same_gradient(name):
     assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
 
 
-@pytest.mark.parametrize("select", ["none", "adaspec"])
-def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path, select):
+@pytest.mark.parametrize(
+    ("select", "name"), [("none", "eagle3"), ("adaspec", "eagle3"), ("none", "medusa")]
+)
+def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path, select, name):
+    """Medusa's and EAGLE-1's features are the last hidden states: one tensor, saved twice."""
     target = tiny_target()
     ids = [r.prompt_ids + r.answer_ids for r in RECORDS]
-    *_, (_, table) = make_table(target, ids, tiny_head(target).config.feature_layers)
+    *_, (_, table) = make_table(target, ids, tiny_head(target, name).config.feature_layers)
     table[3][4, 0] = torch.inf  # a feature of a record, and what follows from it
-    head = tiny_head(target).train()
+    head = tiny_head(target, name).train()
     before = {name: weight.clone() for name, weight in head.named_parameters()}
     objective = Objective(select=select, unroll=2)
     trainer = distiller(tmp_path, head, target, objective, 8, reference=tiny_head(target))

@@ -60,6 +60,8 @@ def test_reverse_kl_is_forward_kl_swapped():
 
 
 def test_jensen_shannon_is_symmetric_and_bounded():
+    same = logits(0).double()
+    torch.testing.assert_close(LOSSES["jsd"](same, same), torch.zeros(len(same)).double())
     found = LOSSES["jsd"](logits(1), logits(0))
     torch.testing.assert_close(found, LOSSES["jsd"](logits(0), logits(1)))
     assert (found <= math.log(2)).all()

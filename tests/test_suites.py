@@ -15,7 +15,7 @@ from adaspec_eagle.contrasts import METRICS
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.measure import left_padded
 from adaspec_eagle.report import write_report
-from adaspec_eagle.report_figures import Drawing, svg
+from adaspec_eagle.report_figures import Drawing, canvas, svg, training_drawings
 from adaspec_eagle.suite_tables import published, suite_tables
 from adaspec_eagle.suites import SUITES, chosen_sets, read_questions, read_sets
 from tests.test_eval_scripts import script, write_prompts
@@ -311,10 +311,18 @@ def page(work, measured, recorded):
         (other / "cells" / f"{seed}.json").write_text(json.dumps(cell))
     gain = {"difference": 0.1, "difference_ci95": [0.05, 0.2], "holds": True, "primary": True}
     arms = {
-        name: {"seeds": [0, 1], "steps": 7, "metrics": dict.fromkeys(METRICS, value)}
-        for name, value in (
-            ("distillspec", {"value": 0.5, "ci95": [0.4, 0.6]}),
-            ("adaspec", {"value": 0.625, "ci95": [0.5, 0.7]} | gain),
+        name: {
+            "seeds": [0, 1],
+            "steps": 7,
+            "answer_token_passes": 1e6,
+            "head_flops": flops,
+            "train_tokens_per_s": 100.0,
+            "equal_compute": flops == 9,
+            "metrics": dict.fromkeys(METRICS, value),
+        }
+        for name, flops, value in (
+            ("distillspec", 9.0, {"value": 0.5, "ci95": [0.4, 0.6]}),
+            ("adaspec", 19.0, {"value": 0.625, "ci95": [0.5, 0.7]} | gain),
         )
     }
     summary = {"kind": "compare", "budget": "3", "primary": ["adaspec", "distillspec"],
@@ -322,7 +330,7 @@ def page(work, measured, recorded):
     (other / "summary-3.json").write_text(json.dumps(summary))
     notes = {"stage": "head", "curves": [
         {"step": 1, "loss": 3.0},
-        {"step": 2, "eval_tau_sim": 1.2, "eval_match_1": 0.4, "eval_match_2": 0.3},
+        {"step": 2, "eval_tau_sim": 1.2} | {f"eval_match_{n}": 0.4 for n in range(12)},
     ]}  # fmt: skip
     (work / "runs" / "one" / "head" / "train.json").write_text(json.dumps(notes))
     with pytest.MonkeyPatch.context() as patch:
@@ -343,6 +351,42 @@ def test_a_page_has_every_figure_and_needs_no_network(page):
     assert not re.search(r'(src|href)="(https?:)?//', page)
     for element in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(element)
+
+
+def test_a_comparison_says_where_compute_differs(page):
+    """In its table, beside its forest and in words: the difference is not the method's alone."""
+    assert "19.0 †" in page
+    assert "9.0 †" not in page.replace("19.0 †", "")
+    assert "gsm8k: adaspec †" in page
+    assert "† other head FLOPs" in page
+
+
+def test_curves_of_more_steps_than_colours_are_all_there_in_order():
+    lines = [{"step": 1} | {f"eval_match_{n}": n / 20 for n in range(12)}]
+    match = next(d for d in training_drawings({"curves": lines}) if d.name == "match")
+    drawn = canvas(match).axes[0].get_lines()
+    assert [line.get_ydata()[0] for line in drawn] == [n / 20 for n in range(12)]
+
+
+def test_a_compiled_record_is_measured_again_compiled(here, recorded, monkeypatch, capsys):
+    seen = []
+
+    def measured(bench, arms, words):
+        seen.append(bench.compiled)
+        raise UserError("far enough")
+
+    before = recorded.read_text()
+    altered = json.loads(before)
+    altered["arguments"]["compile"] = True
+    module = script("reproduce")
+    monkeypatch.setattr(module, "run_arms", measured)
+    monkeypatch.setattr(module, "check_compiler", lambda device: None)
+    recorded.write_text(json.dumps(altered))
+    try:
+        assert run_main(module.main, ["--data-root", "data"]) == 2
+    finally:
+        recorded.write_text(before)
+    assert seen == [True]
 
 
 def test_a_page_colours_what_was_drafted(page, measured):

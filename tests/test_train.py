@@ -337,6 +337,8 @@ def test_defaults_of_the_script_are_those_of_the_config():
         ({"init": "runs/x/head", "train_output": True}, "--init goes on"),
         ({"reference_epochs": 0}, "above 0"),
         ({"batch_size": 0}, "--batch-size 0"),
+        ({"unroll": 0}, "--unroll 0"),
+        ({"draft_vocab": 0}, "--draft-vocab 0"),
         ({"schedule": "wsd"}, "cosine, linear, constant"),
         ({"report_to": ["tensorbord"]}, "--report-to tensorbord"),
     ],

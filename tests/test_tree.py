@@ -6,10 +6,10 @@ import torch
 from adaspec_eagle import generate
 from adaspec_eagle.attention import (
     Unrolled,
-    additive_mask,
     by_fused_kernel,
     by_products,
     grouped_attention,
+    hide,
 )
 from adaspec_eagle.draft import Auto, Drafter, Dynamic, Sampled, chain, parse_shape, static_tree
 from adaspec_eagle.errors import UserError
@@ -132,7 +132,7 @@ def test_attention_of_groups_equals_attention_over_repeated_keys(attend, queries
     torch.manual_seed(0)
     query = torch.randn(2, 6, queries, 8, dtype=torch.float64)
     key, value = torch.randn(2, 2, 2, 11, 8, dtype=torch.float64)
-    mask = additive_mask(torch.rand(2, queries, 11) > 0.3, torch.float64)
+    mask = hide(torch.zeros(2, 1, queries, 11).double(), torch.rand(2, queries, 11) > 0.3)
     wide = [x.repeat_interleave(3, dim=1) for x in (key, value)]
     wanted = torch.nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=mask)
     torch.testing.assert_close(attend(query, key, value, mask, 8**-0.5), wanted)
@@ -150,7 +150,7 @@ def test_unrolled_attention_equals_a_dense_mask_in_value_and_gradient(later):
     key, value = both
     causal = torch.arange(first)[None, :] <= torch.arange(begin, first)[:, None]
     allowed = torch.cat([causal, *[torch.eye(n, dtype=torch.bool)] * later], dim=1)
-    mask = additive_mask(allowed.expand(2, -1, -1), torch.float64)
+    mask = hide(torch.zeros(2, 1, *allowed.shape).double(), allowed.expand(2, -1, -1))
     found, _ = grouped_attention(torch.nn.Module(), query, key, value, Unrolled(first, begin))
     wide = [x.repeat_interleave(3, dim=1) for x in (key, value)]
     wanted = torch.nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=mask)
