@@ -362,7 +362,7 @@ def test_a_comparison_says_where_compute_differs(page):
 
 
 def test_curves_of_more_steps_than_colours_are_all_there_in_order():
-    lines = [{"step": 1} | {f"eval_match_{n}": n / 20 for n in range(12)}]
+    lines = [{"step": 1, "eval_tau_sim": 1.0} | {f"eval_match_{n}": n / 20 for n in range(12)}]
     match = next(d for d in training_drawings({"curves": lines}) if d.name == "match")
     drawn = canvas(match).axes[0].get_lines()
     assert [line.get_ydata()[0] for line in drawn] == [n / 20 for n in range(12)]
