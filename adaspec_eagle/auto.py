@@ -81,7 +81,7 @@ def time_target(target: Target, forward: Call, rows: int, size: int) -> float:
     """Median seconds of a forward with `size` new tokens a row behind HISTORY; by `target_call`."""
     cache = target.new_cache(HISTORY + size)
     tokens = torch.zeros(rows, size, dtype=torch.long, device=target.device)
-    shape = (rows, *_key_shape(target), 1, _head_size(target))
+    shape = (rows, target.key_heads, 1, target.head_size)
     keys = torch.zeros(shape, dtype=target.dtype, device=target.device)
     history = keys.expand(-1, -1, HISTORY, -1)
     for layer in range(target.num_layers):
@@ -126,16 +126,6 @@ def _chain_mask(cache: TreeCache, rows: int, size: int, dtype: torch.dtype) -> T
     assert cache.lengths is not None
     causal = torch.ones(size, size, dtype=torch.bool, device=cache.lengths.device).tril()
     return tree_mask(cache.lengths, cache.start, causal.expand(rows, -1, -1), dtype)
-
-
-def _key_shape(target: Target) -> tuple[int]:
-    config = target.config
-    return (getattr(config, "num_key_value_heads", None) or config.num_attention_heads,)
-
-
-def _head_size(target: Target) -> int:
-    config = target.config
-    return getattr(config, "head_dim", None) or target.hidden_size // config.num_attention_heads
 
 
 def _median(call: Callable[[], None], device: torch.device) -> float:

@@ -229,13 +229,12 @@ def latex(found: Summary) -> str:
         f"% \\dagger: {UNEQUAL}",
         f"\\begin{{tabular}}{{l{'rr' * len(tasks)}}}",
         "\\toprule",
-        " & ".join(["", *(f"\\multicolumn{{2}}{{c}}{{{_escaped(task)}}}" for task in tasks)])
-        + " \\\\",
+        " & ".join(["", *(f"\\multicolumn{{2}}{{c}}{{{tex(task)}}}" for task in tasks)]) + " \\\\",
         " & ".join(["arm", *(["$\\alpha$ (\\%)", "$\\Delta$"] * len(tasks))]) + " \\\\",
         "\\midrule",
     ]
     for arm in found["arms"]:
-        cells = [_escaped(arm)]
+        cells = [tex(arm)]
         for task in tasks:
             made = found["tasks"][task].get(arm)
             if made is None:
@@ -248,8 +247,9 @@ def latex(found: Summary) -> str:
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 
 
-def _escaped(name: str) -> str:
-    return name.replace("_", "\\_")
+def tex(text: str) -> str:
+    """Text as LaTeX takes it."""
+    return "".join(f"\\{c}" if c in "_%&#$" else c for c in text)
 
 
 def _delta(one: dict[str, Any], equal: bool) -> str:

@@ -6,7 +6,7 @@ Legend: S unroll steps, B rows, T positions, H hidden, M supervised target posit
 import itertools
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from adaspec_eagle.attention import exact_dtype
@@ -618,49 +617,35 @@ class Distiller(Trainer):
         assert isinstance(answers, AnswerSet)
         rows = self.args.per_device_train_batch_size * self.accelerator.num_processes
         rows *= self.args.gradient_accumulation_steps  # as many processes or micro-batches: alike
-        made = LengthBuckets(answers.lengths(), rows, self.args.data_seed or self.args.seed)
-        self.add_callback(TellEpoch(made))
-        return made
-
-
-class TellEpoch(TrainerCallback):
-    """Tells a sampler which epoch it is.
-
-    The Trainer does so, too, but where one of several processes goes on inside an epoch, its call
-    does not reach a sampler behind the batches that are skipped.
-    """
-
-    def __init__(self, sampler: "LengthBuckets") -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Before the epoch's first batch is drawn."""
-        self.sampler.set_epoch(int(state.epoch or 0))
+        seed = self.args.data_seed or self.args.seed
+        return LengthBuckets(answers.lengths(), rows, seed, lambda: int(self.state.epoch or 0))
 
 
 class LengthBuckets(Sampler):
     """Shuffled windows of records of like length; the order follows from (seed, epoch) alone.
 
-    batch_size: records of a window, that is of all micro-batches and processes of a step.
+    batch_size: records of a window, that is of all micro-batches and processes of a step. epoch: is
+    asked when a pass begins. (The Trainer's set_epoch does not reach a sampler behind batches that
+    are skipped, where one of several processes goes on inside an epoch.)
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        epoch: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.lengths = torch.tensor(lengths)
         self.batch_size = batch_size
         self.seed = seed
-        self.epoch = 0
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
-        self.epoch = epoch
-
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch())
         order = torch.randperm(len(self.lengths), generator=generator)
         batches: list[Tensor] = []
         for pool in order.split(32 * self.batch_size):

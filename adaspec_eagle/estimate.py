@@ -61,10 +61,8 @@ def _estimate(target: Target, tokens: int, seconds: float, cells: int, prompt_to
 
 def kv_bytes_per_token(target: Target) -> int:
     """Bytes of keys and values that one token takes in the cache."""
-    config = target.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * target.dtype.itemsize
+    numbers = 2 * target.num_layers * target.key_heads * target.head_size
+    return numbers * target.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class HeadConfig:
     @classmethod
     def for_target(cls, head: str, target: Target, draft_vocab_size: int, **more: Any):
         """The sizes that fit a target; Llama-style layers whatever the target's are."""
-        config, heads = target.config, target.config.num_attention_heads
+        config = target.config
         rope = getattr(config, "rope_parameters", None) or {}
         kind = head_class(head)
         made = cls(
@@ -82,9 +82,9 @@ class HeadConfig:
             draft_vocab_size=draft_vocab_size,
             hidden_size=target.hidden_size,
             intermediate_size=getattr(config, "intermediate_size", None) or 4 * target.hidden_size,
-            num_attention_heads=heads,
-            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or target.hidden_size // heads,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=target.key_heads,
+            head_dim=target.head_size,
             rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta", 10000.0),
             max_position_embeddings=target.context,

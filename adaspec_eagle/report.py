@@ -14,7 +14,7 @@ from pathlib import Path
 from shlex import join
 from typing import Any
 
-from adaspec_eagle.compare_tables import UNEQUAL, contrast_text, task_rows
+from adaspec_eagle.compare_tables import UNEQUAL, contrast_text, task_rows, tex
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.plots import arm_rows, matched_with
 from adaspec_eagle.record import with_interval
@@ -426,19 +426,15 @@ def latex(page_views: Sequence[tuple[str, Figures]]) -> str:
     for name, view in page_views:
         base = view["headline"]["over"]
         lines.append(r"\midrule")
-        lines.append(rf"\multicolumn{{5}}{{l}}{{{_tex(name)}, over \texttt{{{base}}}}} \\")
+        lines.append(rf"\multicolumn{{5}}{{l}}{{{tex(name)}, over \texttt{{{base}}}}} \\")
         for key, arm in view["arms"].items():
             speed, gain, tau = (
                 with_interval(arm[name], arm[f"{name}_ci95"], digits)
                 for name, digits in (("tokens_per_s", 1), (f"speedup_vs_{base}", 2), ("tau", 2))
             )
-            shape = _tex(arm["shape"] or "--")
-            lines.append(rf"{_tex(key)} & {shape} & {speed} & {gain} & {tau} \\")
+            shape = tex(arm["shape"] or "--")
+            lines.append(rf"{tex(key)} & {shape} & {speed} & {gain} & {tau} \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def _tex(text: str) -> str:
-    return "".join(f"\\{c}" if c in "_%&#$" else c for c in text)
 
 
 def cite_card(name: str, heading: str, text: str) -> str:

@@ -67,6 +67,9 @@ class Target:
         self.config = model.config.get_text_config()
         self.num_layers: int = self.config.num_hidden_layers
         self.hidden_size: int = self.config.hidden_size
+        heads: int = self.config.num_attention_heads
+        self.key_heads: int = getattr(self.config, "num_key_value_heads", None) or heads
+        self.head_size: int = getattr(self.config, "head_dim", None) or self.hidden_size // heads
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.context: int = getattr(self.config, "max_position_embeddings", None) or 2048
         self.fingerprint = fingerprint(model)
