@@ -285,8 +285,11 @@ def describe_bench(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     """The part of a result that says what was measured, with what, and where."""
     target, folder = bench.target, bench.choice.folder
     dtype = str(target.dtype).removeprefix("torch.")
-    given = {name: value for name, value in vars(args).items() if name != "default_prompts"}
-    arguments = {name: _plain(value) for name, value in given.items()}
+    arguments = {
+        name: str(value) if isinstance(value, Path) else value  # as JSON takes it
+        for name, value in vars(args).items()
+        if name != "default_prompts"
+    }
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "arguments": arguments,
@@ -307,8 +310,3 @@ def describe_bench(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         "turns": "first",
         "environment": environment(),
     }
-
-
-def _plain(value: Any) -> Any:
-    """An argument as JSON takes it."""
-    return str(value) if isinstance(value, Path) else value

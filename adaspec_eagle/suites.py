@@ -43,9 +43,8 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Suite:
-    """A named collection of sets."""
+    """A collection of sets."""
 
-    name: str
     title: str
     sets: tuple[PromptSet, ...]
 
@@ -65,44 +64,38 @@ def _task(name: str, label: str) -> PromptSet:
 
 
 SUITES = {
-    suite.name: suite
-    for suite in (
-        Suite(
-            "eagle",
-            "EAGLE's six sets",
-            (
-                _eagle("mt_bench", "MT-bench"),
-                _eagle("humaneval", "HumanEval"),
-                _eagle("gsm8k", "GSM8K"),
-                _eagle("alpaca", "Alpaca"),
-                _eagle("sum", "CNN/DM"),
-                _eagle("qa", "Natural Questions"),
-            ),
+    "eagle": Suite(
+        "EAGLE's six sets",
+        (
+            _eagle("mt_bench", "MT-bench"),
+            _eagle("humaneval", "HumanEval"),
+            _eagle("gsm8k", "GSM8K"),
+            _eagle("alpaca", "Alpaca"),
+            _eagle("sum", "CNN/DM"),
+            _eagle("qa", "Natural Questions"),
         ),
-        Suite(
-            "specbench",
-            "Spec-Bench",
-            (
-                _specbench("mt_bench", "Multi-turn", MT_BENCH),
-                _specbench("translation", "Translation"),
-                _specbench("summarization", "Summarization"),
-                _specbench("qa", "QA"),
-                _specbench("math_reasoning", "Math"),
-                _specbench("rag", "RAG"),
-            ),
+    ),
+    "specbench": Suite(
+        "Spec-Bench",
+        (
+            _specbench("mt_bench", "Multi-turn", MT_BENCH),
+            _specbench("translation", "Translation"),
+            _specbench("summarization", "Summarization"),
+            _specbench("qa", "QA"),
+            _specbench("math_reasoning", "Math"),
+            _specbench("rag", "RAG"),
         ),
-        Suite(
-            "adaspec",
-            "AdaSPEC's five tasks",
-            (
-                _task("gsm8k", "GSM8K"),
-                _task("alpaca", "Alpaca"),
-                _task("mbpp", "MBPP"),
-                _task("cnndm", "CNN/DM"),
-                _task("xsum", "XSUM"),
-            ),
+    ),
+    "adaspec": Suite(
+        "AdaSPEC's five tasks",
+        (
+            _task("gsm8k", "GSM8K"),
+            _task("alpaca", "Alpaca"),
+            _task("mbpp", "MBPP"),
+            _task("cnndm", "CNN/DM"),
+            _task("xsum", "XSUM"),
         ),
-    )
+    ),
 }
 
 

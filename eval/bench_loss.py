@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 
 from adaspec_eagle.bench import positive
@@ -27,6 +28,7 @@ from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.fused import Output, chunked_losses
 from adaspec_eagle.losses import LOSSES
 from adaspec_eagle.record import environment, markdown_table, one_line, write_json
+from adaspec_eagle.watch import peak_bytes
 
 ARMS = ("plain", "chunked")
 TOO_LARGE = 3  # exit status of a run that does not fit
@@ -74,7 +76,7 @@ def work(args: argparse.Namespace) -> dict:
     known, output = known.to(dtype), Output((args.hidden**-0.5 * rows).to(dtype))
     labels = torch.randint(args.vocab, (args.tokens,))
     del rows
-    before, seconds = resident(), []
+    before, seconds = psutil.Process().memory_info().rss, []
     if args.limit_gb:
         resource.setrlimit(resource.RLIMIT_AS, (int(args.limit_gb * 1e9),) * 2)
     for _ in range(args.times):
@@ -86,14 +88,8 @@ def work(args: argparse.Namespace) -> dict:
             losses = chunked_losses(*given, labels=labels)[0]
         losses.sum().backward()
         seconds.append(time.perf_counter() - began)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes(torch.device("cpu"))
     return {"seconds": seconds[1:] or seconds, "mb": max(0.0, peak - before) / 1e6}
-
-
-def resident() -> int:
-    """Bytes of memory that this process has in use."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 def run(arm: str, given: list[str]) -> dict | None:
