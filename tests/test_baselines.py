@@ -281,7 +281,7 @@ def test_all_methods_stand_in_one_table(tmp_path, monkeypatch, capsys, decoder):
     assert "medusa: not measured, it lacks a head of kind medusa: none that" in out
     assert (tmp_path / "made" / "speedup.png").read_bytes().startswith(b"\x89PNG")
     tables = script("tables")
-    text = tables.section(tmp_path, "made/methods", set())
+    text = tables.section(tmp_path, tmp_path, "made/methods", set())
     assert "| medusa | lacks a head of kind medusa |" in text
     assert "arXiv 2401.15077" in text
 
