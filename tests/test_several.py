@@ -147,8 +147,10 @@ def job(tmp_path: Path, **changes) -> tuple[dict, list[str]]:
     return settings, flags
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("features", ["memory", "disk"])
+@pytest.mark.parametrize(
+    "features",
+    [pytest.param("memory", marks=pytest.mark.slow), pytest.param("disk", marks=pytest.mark.long)],
+)
 def test_the_whole_job_in_two_processes_equals_the_one_that_accumulates(tmp_path, features):
     """Data, features, evaluation, checkpoints, the saved head; from inside an epoch again, too."""
     settings, flags = job(tmp_path, features=features, evaluations=4, take="last")
