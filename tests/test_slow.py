@@ -43,9 +43,9 @@ def test_float32_output_equals_generate_on_twenty_prompts(real_target, shipped, 
     """Equality, but where the target's own top two are within 1e-4 of each other."""
     accepted = 0
     for n, ids in enumerate(prompt_ids):
-        wanted = real_target.model.generate(ids, max_new_tokens=16, do_sample=False)[0]
+        wanted = real_target.model.generate(ids, max_new_tokens=24, do_sample=False)[0]
         tree = ["dynamic", "static", "chain:4"][n % 3]
-        out = generate(real_target, shipped, ids, tree=tree, max_new_tokens=16)
+        out = generate(real_target, shipped, ids, tree=tree, max_new_tokens=24)
         accepted += out.stats.tokens - out.stats.rounds
         found = out.sequences[0]
         if not torch.equal(found, wanted):
@@ -53,7 +53,7 @@ def test_float32_output_equals_generate_on_twenty_prompts(real_target, shipped, 
             apart = (found[:size] != wanted[:size]).nonzero()
             first = int(apart[0]) if len(apart) else size  # one of them ended
             assert margin_at(real_target, wanted, first) < 1e-4, f"prompt {n}, position {first}"
-    assert accepted > 60, "a head that accepts nothing proves nothing"
+    assert accepted > 100, "a head that accepts nothing proves nothing"
 
 
 def test_a_batch_of_ragged_rows_equals_its_rows_alone(real_target, shipped, prompt_ids):
