@@ -199,7 +199,7 @@ def _category(item: dict[str, Any], one: PromptSet) -> str:
 
 def _question(item: dict[str, Any], one: PromptSet, where: str) -> Prompt:
     name = item.get("id")
-    if name is None:
+    if name in (None, ""):
         name = f"{one.name}-{item.get('question_id', where.rpartition(':')[2])}"
     if "turns" in item:
         turns = item["turns"]

@@ -125,8 +125,8 @@ class TrainConfig:
                 f"--features {self.features}: neither {', '.join(MODES)} nor the folder of a "
                 "feature store (make_data.py --write-features)"
             )
-        least = {"batch_size": 1, "accumulate": 1, "max_length": 4, "tokens": 1}
-        least |= dict.fromkeys(("evaluations", "held_back", "unroll", "draft_vocab"), 1)
+        least = {"batch_size": 1, "accumulate": 1, "max_length": 4, "tokens": 1, "evaluations": 1}
+        least |= {"held_back": 1, "unroll": 1, "draft_vocab": 1}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:

@@ -105,12 +105,12 @@ def make_plans(args: argparse.Namespace, console: Console) -> list[Plan]:
     """The pages' records whose heads are at hand; UserError where a prompt file is missing."""
     if not args.data_root.is_dir():
         raise UserError(f"--data-root {args.data_root} is no folder")
-    there = [page for page in args.pages if page.is_file()]
-    if not there:
-        raise UserError(f"no {' or '.join(map(str, args.pages))}; name the files with --pages")
+    for page in args.pages:
+        if not page.is_file():
+            raise UserError(f"{page} does not exist; name the files with --pages")
     plans = []
-    pages = "\n".join(page.read_text(encoding="utf-8") for page in there)
-    for name in dict.fromkeys(NAMED.findall(pages)):
+    text = "\n".join(page.read_text(encoding="utf-8") for page in args.pages)
+    for name in dict.fromkeys(NAMED.findall(text)):
         record = read_json(args.results / name / "result.json")
         why = unfit(record)
         if why:
@@ -119,7 +119,7 @@ def make_plans(args: argparse.Namespace, console: Console) -> list[Plan]:
         plans.append(Plan(name, record, affordable(record, 60 * args.minutes / WARM_UP)))
         check_files(plans[-1], args.data_root)
     if not plans:
-        raise UserError(f"no table of {' '.join(map(str, there))} can be measured again")
+        raise UserError(f"no table of {' '.join(map(str, args.pages))} can be measured again")
     return plans
 
 

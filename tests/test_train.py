@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from adaspec_eagle import generate, load_head, targets
+from adaspec_eagle import generate, load_head, targets, train
 from adaspec_eagle.callbacks import newest_checkpoint
 from adaspec_eagle.errors import UserError, explain
 from adaspec_eagle.features import target_rows
@@ -124,6 +124,22 @@ def test_passes_are_those_of_the_steps_that_were_made():
     assert epochs_made(12, 23, 8) == 4  # three steps an epoch, the last of 7
     assert epochs_made(1, 23, 8) == 8 / 23
     assert epochs_made(5, 23, 8) == 1 + 16 / 23
+
+
+def test_a_resumed_run_stays_on_the_device_it_was_begun_on(tmp_path, monkeypatch):
+    """Several processes choose theirs before anything else: they took GPUs that were there."""
+    seen = []
+
+    def meet(device):
+        seen.append(device)
+        raise UserError("far enough")
+
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"device": "cpu"}}))
+    monkeypatch.setattr(train, "join_processes", meet)
+    for given in (None, "cuda:1"):
+        with pytest.raises(UserError, match="far enough"):
+            run_training(TrainConfig(device=given), tmp_path, resume=True)
+    assert seen == ["cpu", "cuda:1"]
 
 
 def test_a_finished_run_is_not_overwritten(run, folder):
