@@ -3,18 +3,17 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from adaspec_eagle.contrasts import DEFINITIONS, METRICS, Arm, compare, read_cells
 from adaspec_eagle.grid import FLOPS, Plan
+from adaspec_eagle.plots import forest_drawings, sheet
 from adaspec_eagle.record import (
     environment,
     markdown_table,
     with_interval,
-    write_bytes,
     write_json,
     write_text,
 )
@@ -262,55 +261,6 @@ def _delta(one: dict[str, Any], equal: bool) -> str:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def _differences(found: Summary) -> list[tuple[str, str, dict[str, Any]]]:
-    """(task, arm, its metrics) of all arms that are compared with the baseline."""
-    return [
-        (task, name, arm["metrics"])
-        for task, arms in found["tasks"].items()
-        for name, arm in arms.items()
-        if "difference" in arm["metrics"]["tau"]
-    ]
-
-
-def forest_png(found: Summary, metrics: Sequence[str] = ("greedy_alpha", "alpha_t1")) -> bytes:
-    """Differences to the baseline with their intervals: a panel a metric, a line a task and arm."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines = _differences(found)
-    figure = Figure(figsize=(4.2 * len(metrics), 1.4 + 0.34 * len(lines)))
-    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-    for axes, metric in zip(panels, metrics, strict=True):
-        axes.axvline(0, color="#8a8f98", linewidth=0.8)
-        for place, (_, _, by_metric) in enumerate(lines):
-            one = by_metric[metric]
-            low, high = one["difference_ci95"]
-            color = "#d9622b" if one["primary"] else "#3b7dd8"
-            axes.plot([low, high], [place, place], color=color, linewidth=1.6)
-            face = color if one["holds"] else "white"
-            axes.plot(one["difference"], place, "o", color=color, markerfacecolor=face)
-        axes.set_title(f"{metric}: difference to {found['baseline']}", fontsize=9)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-    names = [
-        f"{task}: {name}" + " †" * (not found["tasks"][task][name]["equal_compute"])
-        for task, name, _ in lines
-    ]
-    panels[0].set_yticks(range(len(lines)), names)
-    panels[0].set_ylim(len(lines) - 0.5, -0.5)
-    figure.text(
-        0.01,
-        0.01,
-        "95 % intervals over seeds and prompts; filled: holds; †: other head FLOPs or form"
-        + "; orange: primary" * bool(found["primary"][0]),
-        fontsize=7,
-    )
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
-
-
 def write_tables(found: Summary, out: Path) -> None:
     """summary-NAME.json, table-NAME.md, .csv, .tex and, if there is a difference, forest.
 
@@ -321,5 +271,5 @@ def write_tables(found: Summary, out: Path) -> None:
     write_text(out / f"table-{name}.md", markdown(found))
     write_text(out / f"table-{name}.csv", csv_text(found))
     write_text(out / f"table-{name}.tex", latex(found))
-    if _differences(found):
-        write_bytes(out / f"forest-{name}.png", forest_png(found))
+    if panels := forest_drawings(found):
+        sheet(panels, out / f"forest-{name}.png", note=panels[0].caption)

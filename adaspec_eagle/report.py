@@ -16,17 +16,17 @@ from typing import Any
 
 from adaspec_eagle.compare_tables import UNEQUAL, contrast_text, task_rows, tex
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.plots import arm_rows, matched_with
-from adaspec_eagle.record import with_interval
-from adaspec_eagle.report_figures import (
+from adaspec_eagle.plots import (
     Drawing,
     drawings,
     export,
-    forest_drawing,
+    forest_drawings,
     svg,
     training_drawings,
     tree_drawing,
 )
+from adaspec_eagle.record import with_interval
+from adaspec_eagle.speed_tables import arm_rows, matched_with
 from adaspec_eagle.storage import read_json
 from adaspec_eagle.suite_tables import TableData, suite_tables
 
@@ -325,7 +325,7 @@ def add_comparison(page: Page, name: str, found: Figures) -> None:
     )
     other = "" if found["primary"][0] else f", against {found['baseline']}"
     owner = page.section(name + other, about)
-    page.grid([forest_drawing(found, metric) for metric in ("greedy_alpha", "alpha_t1")], owner)
+    page.grid(forest_drawings(found), owner)
     for task, arms in found["tasks"].items():
         page.add(card(task, table(TableData("", *task_rows(arms), ""))))
     page.add(card("Definitions", definition_list(found["definitions"])))

@@ -34,7 +34,7 @@ from adaspec_eagle.losses import loss_terms
 from adaspec_eagle.onpolicy import OnPolicy
 from adaspec_eagle.optim import OPTIMIZERS
 from adaspec_eagle.paths import default_cache_dir, taken
-from adaspec_eagle.plots import curves_png
+from adaspec_eagle.plots import sheet, training_drawings
 from adaspec_eagle.prepare import (
     compute_features,
     compute_reference,
@@ -566,7 +566,8 @@ def _stage(
     }
     made = whole_head(head)
     if is_main_process():
-        curves_png(trainer.state.log_history, job.out / f"{name}.png")
+        curves = training_drawings({"curves": trainer.state.log_history})
+        sheet(curves, job.out / f"{name}.png")
         made.eval().to(job.target.dtype).save(folder, notes)
     all_meet()
     return folder

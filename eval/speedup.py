@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from adaspec_eagle import baselines, foreign, plots
+from adaspec_eagle import baselines, foreign, plots, speed_tables
 from adaspec_eagle.baselines import METHODS, build_baselines, parse_asks
 from adaspec_eagle.bench import add_arguments, add_draft_arguments, draft_shapes, open_bench
 from adaspec_eagle.compiled import check_compiler, graphs_made
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(f"head: {bench.choice.folder} ({bench.choice.why})", markup=False, soft_wrap=True)
     others = build_baselines(bench, asks)
-    for line in plots.baseline_lines(others.facts):
+    for line in speed_tables.baseline_lines(others.facts):
         console.print(line, markup=False, soft_wrap=True)
     arms = build_arms(bench, draft_shapes(args.tree, args.chain)) + others.arms
     arms += [foreign.decoder_arm(bench, text) for text in args.arm]
@@ -118,9 +118,9 @@ def check_keys(keys: Sequence[str]) -> None:
 def show(console: Console, result: dict) -> None:
     """Tables and the headline."""
     few = len(result["arms"]) <= SIDE_BY_SIDE and not result["baselines"]
-    console.print(plots.arms_table(result) if few else plots.methods_table(result))
+    console.print(speed_tables.arms_table(result) if few else speed_tables.methods_table(result))
     if len(result["files"]) > 1:
-        console.print(plots.files_table(result))
+        console.print(speed_tables.files_table(result))
     if result["target"]["dtype"] in ("bfloat16", "float16"):
         console.print(
             f"In {result['target']['dtype']} answers differ from generate's by rounding; "

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaspec_eagle import plots
+from adaspec_eagle import speed_tables
 from adaspec_eagle.acceptance import HEADER, table_rows
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.figures import headline
@@ -109,7 +109,7 @@ def source_line(link: str, view: str, result: dict[str, Any]) -> str:
 def speedup(result: dict[str, Any]) -> str:
     """Rows are figures, columns are arms."""
     arms = result["arms"]
-    labels = plots.arm_rows(plots.matched_with(result))
+    labels = speed_tables.arm_rows(speed_tables.matched_with(result))
     rows = [[label, *map(cell, arms.values())] for label, cell in labels.items()]
     shapes = {key: arm["shape"] for key, arm in arms.items()}
     header = ["", *(f"{key} ({shape})" if shape else key for key, shape in shapes.items())]
@@ -120,18 +120,20 @@ def speedup_files(result: dict[str, Any]) -> str:
     """Rows are prompt files: speed-up over generate / over loop, tau."""
     drafting = [key for key, arm in result["arms"].items() if arm["shape"]]
     header = ["prompts", "n", "generate tokens/s", *drafting]
-    table = markdown_table(header, plots.file_rows(result, drafting))
+    table = markdown_table(header, speed_tables.file_rows(result, drafting))
     return f"{table}\n\nCells: speed-up over generate / over loop, acceptance length tau."
 
 
 def speedup_methods(result: dict[str, Any]) -> str:
     """Rows are arms, those that lack something last."""
-    return f"{speedup_brief(result)}\n\n{'; '.join(plots.baseline_lines(result['baselines']))}"
+    return (
+        f"{speedup_brief(result)}\n\n{'; '.join(speed_tables.baseline_lines(result['baselines']))}"
+    )
 
 
 def speedup_brief(result: dict[str, Any]) -> str:
     """The same without what the baselines are."""
-    table = markdown_table(plots.METHOD_COLUMNS, plots.method_rows(result))
+    table = markdown_table(speed_tables.METHOD_COLUMNS, speed_tables.method_rows(result))
     return f"{table}\n\n{LAST_COLUMN}"
 
 

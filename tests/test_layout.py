@@ -30,10 +30,20 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"draft", "unroll"},
     {"generate"},
     {"distill", "selfdata", "asks", "estimate", "plug", "chat"},
-    {"acceptance", "answers", "bench", "export", "callbacks", "plots", "prepare", "reference"},
+    {
+        "acceptance",
+        "answers",
+        "bench",
+        "export",
+        "callbacks",
+        "plots",
+        "speed_tables",
+        "prepare",
+        "reference",
+    },
     {"onpolicy"},
     {"train", "measure", "suites"},
-    {"report_figures", "rescore", "foreign", "baselines", "suite_tables", "trace"},
+    {"rescore", "foreign", "baselines", "suite_tables", "trace"},
     {"alike"},
     {"grid", "contrasts"},
     {"figures", "compare_tables", "report"},
@@ -166,6 +176,8 @@ def test_every_data_file_of_the_package_is_installed():
 
 def test_no_result_names_a_folder_of_one_machine():
     for path in tracked("results"):
+        if path.endswith(".png"):  # compressed bytes match by chance
+            continue
         content = (REPOSITORY / path).read_bytes()
         assert not re.search(rb"""["'\s=]/\w+/""", content), path
 

@@ -14,8 +14,8 @@ from adaspec_eagle.bench import make_prompt
 from adaspec_eagle.contrasts import METRICS
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.measure import left_padded
+from adaspec_eagle.plots import Drawing, canvas, svg, training_drawings
 from adaspec_eagle.report import write_report
-from adaspec_eagle.report_figures import Drawing, canvas, svg, training_drawings
 from adaspec_eagle.suite_tables import published, suite_tables
 from adaspec_eagle.suites import SUITES, chosen_sets, read_questions, read_sets
 from tests.test_eval_scripts import script, write_prompts

@@ -2,7 +2,7 @@
 
 import torch
 
-from adaspec_eagle.plots import curves_png
+from adaspec_eagle.plots import sheet, training_drawings
 from adaspec_eagle.watch import BANDS, Watch, frequency_bands
 
 
@@ -33,7 +33,11 @@ def test_shares_of_the_selection_are_counted_by_step_and_by_band():
 
 
 def test_curves_are_drawn_of_any_history(tmp_path):
-    curves_png([], tmp_path / "none.png")
+    sheet(training_drawings({"curves": []}), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
     line = {"step": 1, "loss": 2.0, "tokens_per_s": 9.0, "eval_match_0": 0.5, "eval_match_1": 0.4}
-    curves_png([line, line | {"step": 2, "eval_tau_sim": 1.4}], tmp_path / "some.png")
-    assert (tmp_path / "some.png").stat().st_size > (tmp_path / "none.png").stat().st_size > 1000
+    curves = [line, line | {"step": 2, "eval_tau_sim": 1.4}]
+    drawn = training_drawings({"curves": curves})
+    assert [one.name for one in drawn] == ["loss", "match", "tau_sim", "throughput"]
+    sheet(drawn, tmp_path / "some.png")
+    assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
