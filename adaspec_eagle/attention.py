@@ -26,13 +26,13 @@ QUERY_BLOCK = 32  # queries that torch's fused kernel for CPU works on at a time
 class Unrolled:
     """The mask of a training step, without its mostly empty matrix.
 
-    The key columns are those of step 0, `first` of them, then `n` a further step up to this one.
-    Query i (counted from `begin`) sees step 0 up to and including position begin + i, and of every
-    later step the column i.
+    The key columns are those of the whole text at step 0, `first` of them, then N a step, from step
+    0 to this one. Query n stands at index at[b, n]: it sees the text before that index and, of
+    every step, the column n.
     """
 
     first: int
-    begin: int
+    at: Tensor  # [B, N]
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -137,13 +137,13 @@ def by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: 
 def unrolled_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Unrolled, scaling: float | None = None
 ) -> Tensor:
-    """Attention of one unrolled step: causal over step 0, diagonal over the later steps.
+    """Attention of one unrolled step: causal over the text, diagonal over the steps.
 
-    query `[B, Hq, N, D]`; key, value `[B, Hk, first + S N, D]`, S the number of later steps. Costs
-    N x first scores and S a query, where a dense mask costs N x (first + S N). Scores are not kept
-    for the backward pass but computed again, on CPU a row at a time so that they stay in a core's
-    cache. Softmax in float32 (float64 for float64). Returns `[B, N, Hq, D]`; equal to dense
-    attention under the same mask, value and gradient.
+    query `[B, Hq, N, D]`; key, value `[B, Hk, first + S N, D]`, S the steps so far. Costs N x first
+    scores and S a query, where a dense mask costs N x (first + S N). Scores are not kept for the
+    backward pass but computed again, on CPU a row at a time so that they stay in a core's cache.
+    Softmax in float32 (float64 for float64). Returns `[B, N, Hq, D]`; equal to dense attention
+    under the same mask, value and gradient.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _UnrolledAttention.apply(query * scale, key, value, mask)
@@ -152,8 +152,8 @@ def unrolled_attention(
 class _UnrolledAttention(torch.autograd.Function):
     """(scaled query, key, value, mask) -> output, as `unrolled_attention`.
 
-    The softmax over all columns is that over step 0, `far`, times its share of the whole, and
-    beside it the weights of the later steps, `near`. G is Hq / Hk.
+    The softmax over all columns is that over the text, `far`, times its share of the whole, and
+    beside it the weights of the steps, `near`. G is Hq / Hk.
     """
 
     @staticmethod
@@ -165,15 +165,16 @@ class _UnrolledAttention(torch.autograd.Function):
         near = (q[:, :, :, None] * k_late).sum(-1, dtype=exact).transpose(-1, -2)
         out = torch.empty_like(q)  # [B, Hk, G, N, D]
         lse = torch.empty(q.shape[:-1], dtype=exact, device=q.device)
-        for part in _rows(q):
-            weights, lse[part] = _far_weights(q[part], key[part], mask, near.shape[-1] > 0)
-            out[part] = _over_columns(weights, value[part, :, : mask.first])
-        share = torch.ones_like(lse)  # of the columns of step 0
-        if near.shape[-1]:
-            whole = torch.logaddexp(lse, near.logsumexp(-1))
-            share, near = (lse - whole).exp_(), (near - whole[..., None]).exp_()  # [.., N, S]
-            out *= share[..., None].to(out.dtype)
-            out += (near.to(out.dtype).transpose(-1, -2)[..., None] * v_late).sum(3)
+        for rows, columns in _parts(mask):
+            weights = _far_scores(q[rows], key[rows, :, columns], mask.at[rows])
+            highest = weights.amax(-1)
+            weights = weights.softmax(-1)
+            lse[rows] = highest - weights.amax(-1).log()
+            out[rows] = _over_columns(weights, value[rows, :, columns])
+        whole = torch.logaddexp(lse, near.logsumexp(-1))
+        share, near = (lse - whole).exp_(), (near - whole[..., None]).exp_()  # [.., N, S]
+        out *= share[..., None].to(out.dtype)
+        out += (near.to(out.dtype).transpose(-1, -2)[..., None] * v_late).sum(3)
         ctx.mask = mask
         ctx.save_for_backward(q, key, value, share, near, out)
         return out.flatten(1, 2).transpose(1, 2)
@@ -185,49 +186,41 @@ class _UnrolledAttention(torch.autograd.Function):
         b, hk, g, n, d = q.shape
         by_out = upstream[0].transpose(1, 2).reshape(q.shape)  # [B, Hk, G, N, D]
         mean = (by_out * out).sum(-1, dtype=share.dtype)  # [B, Hk, G, N]
-        by_q, by_key, by_value = (torch.empty_like(t) for t in (q, key, value))
+        by_q, by_key, by_value = (torch.zeros_like(t) for t in (q, key, value))
         shared, far_mean = by_out * share[..., None].to(q.dtype), mean * share
-        for part in _rows(q):
-            weights, _ = _far_weights(q[part], key[part], mask, False)
-            scores = _against_columns(shared[part], value[part, :, :first])  # by the weights
-            by_value[part, :, :first] = _by_columns(weights, shared[part])
-            scores = (scores - far_mean[part][..., None]).mul_(weights).to(q.dtype)
-            by_q[part] = _over_columns(scores, key[part, :, :first])
-            by_key[part, :, :first] = _by_columns(scores, q[part])
-        if near.shape[-1]:
-            late = (b, hk, -1, n, d)
-            k_late, v_late = key[:, :, first:].view(late), value[:, :, first:].view(late)
-            by_near = (by_out[:, :, :, None] * v_late[:, :, None]).sum(-1, dtype=near.dtype)
-            by_near = (near.transpose(-1, -2) * (by_near - mean[:, :, :, None])).to(q.dtype)
-            near = near.to(q.dtype).transpose(-1, -2)  # [B, Hk, G, S, N], as by_near
-            by_q += (by_near[..., None] * k_late[:, :, None]).sum(3)
-            by_key[:, :, first:] = (by_near[..., None] * q[:, :, :, None]).sum(2).flatten(2, 3)
-            by_late = (near[..., None] * by_out[:, :, :, None]).sum(2)
-            by_value[:, :, first:] = by_late.flatten(2, 3)
+        for rows, columns in _parts(mask):
+            keys = key[rows, :, columns]
+            weights = _far_scores(q[rows], keys, mask.at[rows]).softmax(-1)
+            scores = _against_columns(shared[rows], value[rows, :, columns])  # by the weights
+            by_value[rows, :, columns] = _by_columns(weights, shared[rows])
+            scores = (scores - far_mean[rows][..., None]).mul_(weights).to(q.dtype)
+            by_q[rows] = _over_columns(scores, keys)
+            by_key[rows, :, columns] = _by_columns(scores, q[rows])
+        late = (b, hk, -1, n, d)
+        k_late, v_late = key[:, :, first:].view(late), value[:, :, first:].view(late)
+        by_near = (by_out[:, :, :, None] * v_late[:, :, None]).sum(-1, dtype=near.dtype)
+        by_near = (near.transpose(-1, -2) * (by_near - mean[:, :, :, None])).to(q.dtype)
+        near = near.to(q.dtype).transpose(-1, -2)  # [B, Hk, G, S, N], as by_near
+        by_q += (by_near[..., None] * k_late[:, :, None]).sum(3)
+        by_key[:, :, first:] = (by_near[..., None] * q[:, :, :, None]).sum(2).flatten(2, 3)
+        by_late = (near[..., None] * by_out[:, :, :, None]).sum(2)
+        by_value[:, :, first:] = by_late.flatten(2, 3)
         return by_q.flatten(1, 2), by_key, by_value, None
 
 
-def _rows(query: Tensor) -> list[slice]:
-    """Batch rows to work on at a time: one on CPU, else all."""
-    size = 1 if query.device.type == "cpu" else len(query)
-    return [slice(begin, begin + size) for begin in range(0, len(query), size)]
+def _parts(mask: Unrolled) -> list[tuple[slice, slice]]:
+    """Rows to work on at a time and the text's columns that they see: a row on CPU, else all."""
+    if mask.at.device.type != "cpu":
+        return [(slice(None), slice(mask.first))]
+    seen = mask.at.amax(1).clamp(min=1).tolist()
+    return [(slice(row, row + 1), slice(end)) for row, end in enumerate(seen)]
 
 
-def _far_weights(
-    query: Tensor, key: Tensor, mask: Unrolled, want_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """Softmax over step 0's columns `[B, Hk, G, N, first]` and its logsumexp `[B, Hk, G, N]`."""
-    columns = torch.arange(mask.first, device=query.device)
-    rows = torch.arange(mask.begin, mask.begin + query.shape[3], device=query.device)
-    hidden = torch.zeros(
-        len(rows), len(columns), dtype=exact_dtype(query.dtype), device=query.device
-    )
-    hidden.masked_fill_(columns[None, :] > rows[:, None], -torch.inf)
-    scores = _against_columns(query, key[:, :, : mask.first]) + hidden
-    weights = scores.softmax(-1)
-    if not want_lse:
-        return weights, weights.new_zeros(())
-    return weights, scores.amax(-1) - weights.amax(-1).log()
+def _far_scores(query: Tensor, key: Tensor, at: Tensor) -> Tensor:
+    """Scores of the text's columns `[B, Hk, G, N, T]`; finite, so that a query may see none."""
+    hidden = torch.arange(key.shape[2], device=key.device) >= at[..., None]  # [B, N, T]
+    scores = _against_columns(query, key).to(exact_dtype(query.dtype))
+    return scores.masked_fill_(hidden[:, None, None], torch.finfo(scores.dtype).min)
 
 
 def _against_columns(x: Tensor, columns: Tensor) -> Tensor:

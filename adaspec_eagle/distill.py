@@ -48,7 +48,7 @@ from adaspec_eagle.selection import (
     needs,
 )
 from adaspec_eagle.targets import Target
-from adaspec_eagle.unroll import Batch, first_index, step_masks, step_states, supervised, unroll
+from adaspec_eagle.unroll import Batch, needed, step_masks, step_states, supervised, unroll
 from adaspec_eagle.watch import Watch, frequency_bands
 from adaspec_eagle.zero import split_frozen, zero_stage
 
@@ -267,11 +267,11 @@ def forced_counts(
 
 def _figures(head: DraftHead, objective: Objective, batch: Batch, tokens: TargetTokens) -> Tensor:
     """(loss, overlap, match) of every step and supervised position: `[3, S, M]`."""
-    begin = _first_index(batch, objective)
-    states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin)
+    window = needed(batch, objective.unroll)
+    states = unroll(head, batch.features, batch.input_ids, objective.unroll, window)
     assert tokens.argmax is not None
     assert tokens.lse is not None
-    picked, loss_of = step_states(states, batch, begin), token_loss(objective.loss)
+    picked, loss_of = step_states(states, batch, window), token_loss(objective.loss)
     found = tokens.lse.new_empty(3, len(picked), len(tokens.hidden))
     for place in chunks(len(tokens.hidden), head.config.draft_vocab_size):
         known, lse, labels = tokens.logits(place), tokens.lse[place], tokens.labels[place]
@@ -282,11 +282,6 @@ def _figures(head: DraftHead, objective: Objective, batch: Batch, tokens: Target
             match = head.to_target(logits.max(-1).indices) == tokens.argmax[place]
             found[:, step, place] = torch.stack([loss, shared, match.to(loss.dtype)])
     return found
-
-
-def _first_index(batch: Batch, objective: Objective) -> int:
-    """Where the unrolled steps begin; under ZeRO 3 every process has to make the same calls."""
-    return 0 if zero_stage() == 3 else first_index(batch.positions, objective.unroll)
 
 
 def whole_indices(batch: Batch, steps: int) -> Tensor:
@@ -318,9 +313,9 @@ def step_losses(
     recompute: bool = False,
 ) -> StepLosses:
     """Unroll the head (recompute: as `unroll`) and compare it with the target."""
-    begin = _first_index(batch, objective)
-    states = unroll(head, batch.features, batch.input_ids, objective.unroll, begin, recompute)
-    picked = head.readout(torch.stack(step_states(states, batch, begin)))  # [S, M, H]
+    window = needed(batch, objective.unroll)
+    states = unroll(head, batch.features, batch.input_ids, objective.unroll, window, recompute)
+    picked = head.readout(torch.stack(step_states(states, batch, window)))  # [S, M, H]
     distilled, observed = chunked_losses(
         objective.loss,
         picked,

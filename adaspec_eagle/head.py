@@ -197,21 +197,23 @@ class DraftHead(nn.Module):
         raise NotImplementedError
 
     def prefill(
-        self, features: Tensor, tokens: Tensor, cache: Cache | None, begin: int = 0
+        self, features: Tensor, tokens: Tensor, cache: Cache | None, window: Tensor | None = None
     ) -> Tensor:
-        """Step 0 over a text from its start: hidden states of the pairs from `begin` on.
+        """Step 0 over a text from its start: hidden states of all pairs, or of those of a window.
 
         features `[B, T, F * H]`; tokens `[B, T + 1]`, of which the first, which no pair has, is for
-        heads that read the text itself (they count it in `leading`). Returns `[B, T - begin, H]`.
+        heads that read the text itself (they count it in `leading`). window `[B, N]`: in training,
+        consecutive indices; the other pairs are only looked at. Returns `[B, T, H]` or `[B, N, H]`.
         """
         hidden, following = self.fuse(features), tokens[:, 1:]
         positions = torch.arange(following.shape[1], device=tokens.device).expand_as(following)
-        mask = None
-        if begin:
-            assert cache is not None
-            self.remember(hidden[:, :begin], following[:, :begin], positions[:, :begin], cache)
-            mask = Unrolled(following.shape[1], begin)
-        return self(hidden[:, begin:], following[:, begin:], positions[:, begin:], mask, cache, 0)
+        if window is None:
+            return self(hidden, following, positions, None, cache, 0)
+        assert cache is not None
+        self.remember(hidden, following, positions, cache)
+        mask = Unrolled(following.shape[1], window)
+        hidden = hidden.take_along_dim(window[..., None], 1)
+        return self(hidden, following.gather(1, window), window, mask, cache, 0)
 
     def remember(self, hidden: Tensor, tokens: Tensor, positions: Tensor, cache: Cache) -> None:
         """What `forward` leaves in the cache at the start of a text, its output not wanted.

@@ -47,7 +47,7 @@ def unroll(
     features: Tensor,
     input_ids: Tensor,
     steps: int,
-    begin: int = 0,
+    window: Tensor | None = None,
     recompute: bool = False,
 ) -> list[Tensor]:
     """Run the head `steps` times on its own hidden states, next tokens given (teacher forcing).
@@ -55,21 +55,24 @@ def unroll(
     Step s pairs index i with token i + 1 + s, takes the hidden state of step s - 1 at i (the fused
     features at s = 0), and attends causally to step 0 and to its own earlier steps at i: what the
     decoder sees when it drafts token i + 2 + s. Training-time test, EAGLE-3 (arXiv 2503.01840,
-    section 3.2); HASS (arXiv 2408.15766). Before index `begin` step 0 is there to be looked at
-    only, and no other step runs. recompute: keep of a step for the backward pass only what it
-    begins with (gradient checkpointing). Returns S hidden states `[B, T - begin, H]`.
+    section 3.2); HASS (arXiv 2408.15766). window `[B, N]`: the consecutive indices that are wanted
+    in each row, None for all; what step 0 leaves at the others is only looked at. Tokens behind the
+    text's end, which nothing supervises, are those of its start. recompute: keep of a step for the
+    backward pass only what it begins with (gradient checkpointing). Returns S hidden states
+    `[B, N, H]`.
     """
     length = input_ids.shape[1]
-    positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+    if window is None:
+        window = torch.arange(length, device=input_ids.device).expand_as(input_ids)
 
     def run(step: int, given: Tensor, *seen: Tensor) -> tuple[Tensor, ...]:
         """One step from features or hidden states, and keys and values so far: new ones of both."""
         cache = TrainingCache(seen)
         if step == 0:
             after = torch.cat([input_ids, input_ids[:, :1]], 1)
-            return head.prefill(given, after, cache, begin), *cache.tensors()
-        tokens, where = _shifted(input_ids, 1 + step)[:, begin:], positions[:, begin:] + step
-        hidden = head(given, tokens, where, Unrolled(length, begin), cache, step)
+            return head.prefill(given, after, cache, window), *cache.tensors()
+        tokens = input_ids.gather(1, (window + 1 + step) % length)
+        hidden = head(given, tokens, window + step, Unrolled(length, window), cache, step)
         return hidden, *cache.tensors()
 
     states: list[Tensor] = []
@@ -82,11 +85,6 @@ def unroll(
             hidden, *seen = run(step, hidden, *seen)
         states.append(hidden)
     return states
-
-
-def _shifted(ids: Tensor, by: int) -> Tensor:
-    """Token i + by at index i `[B, T]`; the last indices, which nothing supervises, wrap around."""
-    return torch.roll(ids, -by, dims=1)
 
 
 class TrainingCache(TreeCache):
@@ -113,18 +111,28 @@ class TrainingCache(TreeCache):
         return [tensor for layer in sorted(self.layers_seen) for tensor in self.layers_seen[layer]]
 
 
-def step_states(states: list[Tensor], batch: Batch, begin: int) -> list[Tensor]:
+def needed(batch: Batch, steps: int) -> Tensor:
+    """The window of a batch `[B, N]`: in every row as many indices as its longest answer needs.
+
+    Index p - 1 - s for all supervised p and steps s; N is at least 1.
+    """
+    rows, length = batch.input_ids.shape
+    first, last = batch.rows.new_full((rows,), length), batch.rows.new_zeros(rows)
+    first = first.scatter_reduce(0, batch.rows, batch.positions, "amin") - steps
+    last = last.scatter_reduce(0, batch.rows, batch.positions, "amax") - 1
+    first = first.clamp(min=0)
+    size = max(1, int((last - first).max()) + 1)
+    begin = first.clamp(max=length - size)
+    return begin[:, None] + torch.arange(size, device=begin.device)
+
+
+def step_states(states: list[Tensor], batch: Batch, window: Tensor) -> list[Tensor]:
     """Of each step's hidden states those that predict the supervised positions: S x `[M, H]`.
 
     Positions without an index (step_masks) give some other row; their mask drops them.
     """
     picked = []
     for step, hidden in enumerate(states):
-        index = batch.positions - 1 - step - begin
+        index = batch.positions - 1 - step - window[batch.rows, 0]
         picked.append(hidden[batch.rows, index.clamp(min=0)])
     return picked
-
-
-def first_index(positions: Tensor, steps: int) -> int:
-    """The smallest index that a step needs, over the whole batch."""
-    return max(0, int(positions.min()) - steps)

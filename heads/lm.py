@@ -97,11 +97,12 @@ class Head(DraftHead):
         return features.new_zeros(*features.shape[:2], self.lm.config.hidden_size)
 
     def prefill(
-        self, features: Tensor, tokens: Tensor, cache: Cache | None, begin: int = 0
+        self, features: Tensor, tokens: Tensor, cache: Cache | None, window: Tensor | None = None
     ) -> Tensor:
         """The whole text, its first token included."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self(features, tokens, positions, None, cache, 0)[:, 1 + begin :]
+        hidden = self(features, tokens, positions, None, cache, 0)[:, 1:]
+        return hidden if window is None else hidden.take_along_dim(window[..., None], 1)
 
     def forward(
         self,

@@ -64,6 +64,10 @@ class Head(DraftHead):
         feature = hidden[..., : self.config.hidden_size]
         return torch.cat([feature, feature + functional.silu(self.blocks[step](feature))], dim=-1)
 
+    def remember(self, hidden: Tensor, tokens: Tensor, positions: Tensor, cache: Cache) -> None:
+        """The count alone."""
+        count_columns(cache, hidden)
+
     def readout(self, hidden: Tensor) -> Tensor:
         """The prediction: `[..., 2 H]` -> `[..., H]`."""
         return hidden[..., self.config.hidden_size :]

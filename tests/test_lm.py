@@ -55,7 +55,7 @@ def test_logits_are_those_of_the_named_model(named):
     with torch.no_grad():
         wanted = model(input_ids=ids).logits  # at token i: of token i + 1
         features = torch.zeros(2, 12, 0, dtype=torch.float64)
-        states = unroll(head, features, ids, 3, begin=2)
+        states = unroll(head, features, ids, 3, torch.arange(2, 12).expand(2, -1))
         torch.testing.assert_close(head.logits(states[0])[:, :-1], wanted[:, 3:])
         for step in (1, 2):  # index i of step s is token i + 1 + s
             found = head.logits(states[step])[:, : 12 - 2 - 1 - step]

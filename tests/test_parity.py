@@ -6,7 +6,7 @@ import torch
 from adaspec_eagle.draft import Drafter, chain
 from adaspec_eagle.features import split_rows, target_rows
 from adaspec_eagle.head import built_in_heads
-from adaspec_eagle.unroll import TrainingCache, unroll
+from adaspec_eagle.unroll import Batch, TrainingCache, needed, step_masks, step_states, unroll
 from tests.tiny import ARCHITECTURES, tiny_head, tiny_target
 
 
@@ -21,7 +21,8 @@ def test_unrolled_training_equals_incremental_decoding(arch, name):
     layers = head.config.feature_layers
     with torch.no_grad():
         features, _ = split_rows(target_rows(target, ids, layers), target, layers)
-        states = unroll(head, features, ids, steps, begin)
+        window = torch.arange(begin, length).expand(2, -1)
+        states = unroll(head, features, ids, steps, window)
         for end in range(begin + 1, length - steps):  # the last committed index is end - 1
             drafter = Drafter(head, chain(steps))
             lengths = torch.tensor([begin + 1, begin + 1])
@@ -45,17 +46,23 @@ def test_unrolled_training_equals_incremental_decoding(arch, name):
 
 @pytest.mark.parametrize("name", built_in_heads())
 def test_what_comes_before_the_answers_is_only_looked_at(name):
-    """From `begin` on hidden states and gradients are those of the whole text's."""
+    """In a window that differs by row hidden states and gradients are those of the whole text's."""
     target = tiny_target("llama")
     head = tiny_head(target, name)
-    ids = torch.randint(8, target.vocab_size, (2, 12))
-    layers = head.config.feature_layers
-    features, _ = split_rows(target_rows(target, ids, layers), target, layers)
-    begin, found = 5, []
-    for first in (0, begin):
-        states = unroll(head, features, ids, 3, first)
-        states = [hidden[:, begin - first : 8 - first] for hidden in states]  # rest wraps around
-        loss = torch.stack([head.readout(hidden).square().sum() for hidden in states]).sum()
+    ids = torch.randint(8, target.vocab_size, (3, 14))
+    rows = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 2])  # answers of 4, 5 and 1 tokens
+    positions = torch.tensor([1, 2, 3, 4, 6, 7, 8, 9, 10, 12])
+    layers, steps = head.config.feature_layers, 3
+    features, hidden = split_rows(target_rows(target, ids, layers), target, layers)
+    batch = Batch(ids, rows, positions, features, hidden)
+    window = needed(batch, steps)
+    assert window.tolist() == [list(range(b, b + 7)) for b in (0, 3, 7)]
+    whole = torch.arange(14).expand(3, -1)
+    found = []
+    for indices in (whole, window):
+        states = step_states(unroll(head, features, ids, steps, indices), batch, indices)
+        loss = head.readout(torch.stack(states))[step_masks(positions, steps)].square().sum()
+        states = [s[counts] for s, counts in zip(states, step_masks(positions, steps), strict=True)]
         weights = list(head.parameters())
         found.append((states, torch.autograd.grad(loss, weights, materialize_grads=True)))
     torch.testing.assert_close(found[0], found[1])

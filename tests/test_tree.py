@@ -140,18 +140,19 @@ def test_attention_of_groups_equals_attention_over_repeated_keys(attend, queries
     torch.testing.assert_close(found, wanted.transpose(1, 2))
 
 
-@pytest.mark.parametrize("later", [0, 1, 2])
-def test_unrolled_attention_equals_a_dense_mask_in_value_and_gradient(later):
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_unrolled_attention_equals_a_dense_mask_in_value_and_gradient(steps):
     torch.manual_seed(0)
-    first, begin = 7, 2
-    n = first - begin
+    first, n = 9, 5
+    at = torch.tensor([[0], [3]]) + torch.arange(n)  # the first query of the first row sees no text
     query = torch.randn(2, 6, n, 8, dtype=torch.float64, requires_grad=True)
-    both = torch.randn(2, 2, 2, first + later * n, 8, dtype=torch.float64, requires_grad=True)
+    both = torch.randn(2, 2, 2, first + steps * n, 8, dtype=torch.float64, requires_grad=True)
     key, value = both
-    causal = torch.arange(first)[None, :] <= torch.arange(begin, first)[:, None]
-    allowed = torch.cat([causal, *[torch.eye(n, dtype=torch.bool)] * later], dim=1)
-    mask = hide(torch.zeros(2, 1, *allowed.shape).double(), allowed.expand(2, -1, -1))
-    found, _ = grouped_attention(torch.nn.Module(), query, key, value, Unrolled(first, begin))
+    before = torch.arange(first) < at[..., None]
+    own = torch.eye(n, dtype=torch.bool).expand(2, -1, -1)
+    allowed = torch.cat([before, *[own] * steps], dim=2)
+    mask = hide(torch.zeros(2, 1, *allowed.shape[1:]).double(), allowed)
+    found, _ = grouped_attention(torch.nn.Module(), query, key, value, Unrolled(first, at))
     wide = [x.repeat_interleave(3, dim=1) for x in (key, value)]
     wanted = torch.nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=mask)
     wanted = wanted.transpose(1, 2)
