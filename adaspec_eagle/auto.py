@@ -246,10 +246,14 @@ class Planner:
         """
         if self.ahead:
             return min(self.count, scores.shape[1])
-        trust = [1.0, *(self.trust(d) for d in range(1, int(depths.max()) + 1))]
-        worth = torch.tensor(trust, device=scores.device)[depths]  # [B, K]
+        places = depths.tolist()
+        trust = [1.0, *(self.trust(d) for d in range(1, max(map(max, places)) + 1))]
+        gains = [0.0] * scores.shape[1]
+        for chances, row in zip(scores.tolist(), places, strict=True):
+            for rank, (score, depth) in enumerate(zip(chances, row, strict=True)):
+                gains[rank] += math.exp(score) * trust[depth]
         share = self.rows / len(scores)
-        return self._best((share * (scores.exp() * worth).sum(0)).tolist())
+        return self._best([share * gain for gain in gains])
 
     def _best(self, gains: Sequence[float]) -> int:
         """The number of candidates that is worth most, from the tokens that each brings."""

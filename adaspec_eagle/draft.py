@@ -257,6 +257,8 @@ class Drafter:
         self.depth = 0  # of the last tree
         self.packing = packing(head)
         self.call = head_call(head, compiled)
+        self.ids = head.draft_ids  # [Vd]
+        self.least = torch.full((), LEAST_LOGP, device=head.embed_rows.device)
         self.cache = TreeCache(head.cached_layers, capacity)
         self.plan: Plan | None = None  # of a static shape, made once
         self.hidden: Tensor | None = None  # [B, H] at the last pair
@@ -269,7 +271,7 @@ class Drafter:
         """
         hidden = self.head.prefill(features, tokens, self.cache)
         self.cache.commit_prefix(lengths + self.head.leading)
-        self.hidden = _at_last(hidden, lengths)
+        (self.hidden,) = _at_last(lengths, hidden)
         self.logits = self.head.logits(self.hidden)
 
     def advance(self, features: Tensor, tokens: Tensor, length: Tensor, longest: int) -> None:
@@ -280,10 +282,9 @@ class Drafter:
         causal = (steps[None, :] <= steps[:, None]).expand(tokens.shape[0], p, p)
         with self.packing.active():
             fused = self.head.fuse(features)
-        hidden, logits = self._forward(fused, tokens, steps.expand_as(tokens), causal, 0)
-        path = steps.expand_as(tokens)
-        self.cache.commit(path, length, longest + self.head.leading)
-        self.hidden, self.logits = _at_last(hidden, length), _at_last(logits, length)
+        hidden, logits = self._forward(fused, tokens, steps, causal, 0)
+        self.cache.commit(steps.expand_as(tokens), length, longest + self.head.leading)
+        self.hidden, self.logits = _at_last(length, hidden, logits)
 
     def grow(
         self, root: Tensor, sampler: Sampler | None = None, scored: bool = False
@@ -337,9 +338,8 @@ class Drafter:
             if depth == len(plan.levels):
                 break
             seen = _with_itself(seen[:, level.grown_above])
-            positions = torch.full((b, len(level.grown)), depth - 1, device=device)
             hidden, grown = hidden[:, level.grown_above], tokens[:, level.grown]
-            hidden, logits = self._forward(hidden, grown, positions, seen, depth)
+            hidden, logits = self._forward(hidden, grown, depth - 1, seen, depth)
         return DraftTree(tokens, plan.parents.expand(b, -1), plan.depths.expand(b, -1), scores)
 
     def _grow_sampled(self, shape: Sampled, sampler: Sampler) -> tuple[DraftTree, list[Tensor]]:
@@ -363,9 +363,8 @@ class Drafter:
             if depth == shape.depth:
                 break
             seen = _with_itself(seen)
-            positions = torch.full((b, 1), depth - 1, device=device)
             token = tokens[-1][:, None]
-            hidden, level = self._forward(hidden, token, positions, seen, depth)
+            hidden, level = self._forward(hidden, token, depth - 1, seen, depth)
             logits = level[:, 0]
         steps = torch.arange(shape.depth + 1, device=device)
         tree = DraftTree(
@@ -376,19 +375,21 @@ class Drafter:
         return tree, drafts
 
     def learn(
-        self, drafted: list[list[float]], accepted: list[int], running: list[bool], nodes: int
+        self,
+        scores: list[list[float]],
+        depths: list[list[int]],
+        accepted: list[int],
+        running: list[bool],
+        nodes: int,
     ) -> None:
         """Tell the planner how many draft tokens each row that runs accepted in this round.
 
-        drafted: a row's scores and depths (`self.drafted`), one behind the other.
+        scores, depths: of each row's candidates, as read from `self.drafted`.
         """
         assert self.planner is not None
-        live = [row for row, on in zip(drafted, running, strict=True) if on]
-        counts = [count for count, on in zip(accepted, running, strict=True) if on]
-        half = len(drafted[0]) // 2
-        scores = [row[:half] for row in live]
-        depths = [[int(depth) for depth in row[half:]] for row in live]
-        self.planner.learn(scores, depths, counts, self.depth, nodes)
+        rows = [row for row, goes_on in enumerate(running) if goes_on]
+        scores, depths = [scores[row] for row in rows], [depths[row] for row in rows]
+        self.planner.learn(scores, depths, [accepted[row] for row in rows], self.depth, nodes)
 
     def _grow_dynamic(self, shape: Dynamic | Auto) -> DraftTree:
         """Keep a beam of the most probable paths; rerank all candidates at the end (EAGLE-2).
@@ -402,69 +403,74 @@ class Drafter:
         logp, best = self._top(self.logits[:, None], width)  # [B, 1, W] each
         score, token = logp[:, 0], best[:, 0]  # [B, W], the beam
         hidden = self.hidden[:, None].expand(-1, width, -1)  # [B, W, H] of each node's parent
-        index = torch.arange(width, device=device).expand(b, -1)  # the beam among the candidates
-        tokens, scores, parents = [token], [score], [torch.full_like(token, -1)]
+        index = torch.arange(1, width + 1, device=device).expand(b, -1)  # the beam's candidates
+        none = torch.zeros(b, 1, dtype=torch.long, device=device)  # the root is candidate 0
+        tokens, scores, parents = [none, token], [none.float(), score], [none]
         seen = torch.zeros(b, width, 0, dtype=torch.bool, device=device)
+        itself = torch.eye(width, dtype=torch.bool, device=device)
         for depth in range(1, min(shape.depth, self.head.deepest or shape.depth)):
             if self.planner and not self.planner.deeper(depth, score):
                 break
-            seen = _with_itself(seen)
-            positions = torch.full((b, width), depth - 1, device=device)
-            hidden, logits = self._forward(hidden, token, positions, seen, depth)
+            seen = _with_itself(seen, itself)
+            hidden, logits = self._forward(hidden, token, depth - 1, seen, depth)
             logp, best = self._top(logits, width)  # [B, W, W]
-            total = (score[:, :, None] + logp).flatten(1)  # [B, W * W]
             tokens.append(best.flatten(1))
-            scores.append(total)
-            parents.append(index.repeat_interleave(width, dim=1))
-            score, place = total.topk(width, dim=1)  # [B, W]: the next beam
+            scores.append((score[:, :, None] + logp).flatten(1))  # [B, W * W]
+            parents.append(index)
+            score, place = scores[-1].topk(width, dim=1)  # [B, W]: the next beam
             token = tokens[-1].gather(1, place)
-            index = place + width + (depth - 1) * width * width
-            above = torch.div(place, width, rounding_mode="floor")  # [B, W]
-            hidden = hidden.gather(1, above[:, :, None].expand_as(hidden))
-            seen = seen.gather(1, above[:, :, None].expand_as(seen))
-        self.depth = len(tokens)
-        depths = _depths(tuple(part.shape[1] for part in tokens), device)
+            index = place + (1 + width * (1 + (depth - 1) * width))
+            above = torch.div(place, width, rounding_mode="floor")[:, :, None]  # [B, W, 1]
+            hidden = hidden.gather(1, above.expand_as(hidden))
+            seen = seen.gather(1, above.expand_as(seen))
+        self.depth = len(parents)
+        depths = _depths(tuple(part.shape[1] for part in tokens), device)  # [M]
         # A child stays strictly below its parent, so that a chosen node's parent is chosen too.
-        ranked = torch.cat(scores, 1) - 1e-4 * depths
-        values, chosen = ranked.topk(min(shape.nodes, len(depths)), dim=1)
+        ranked = torch.cat(scores, 1) - 1e-4 * depths  # [B, M]
+        values, chosen = ranked.topk(min(shape.nodes + 1, len(depths)), dim=1)
         if self.planner:
-            self.drafted = (values, depths[chosen])
-            chosen = chosen[:, : self.planner.nodes(*self.drafted)]
-        return select_nodes(torch.cat(tokens, 1), torch.cat(parents, 1), depths, ranked, chosen)
+            self.drafted = (values[:, 1:], depths[chosen[:, 1:]])
+            chosen = chosen[:, : 1 + self.planner.nodes(*self.drafted)]
+        above = torch.cat(parents, 1).repeat_interleave(width, dim=1)  # [B, M - 1]
+        above = torch.cat([none, above], 1)
+        return select_nodes(torch.cat(tokens, 1), above, depths, ranked, chosen)
 
     def _top(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and target ids of the `width` best: `[..., Vd]` -> `[..., W]` each."""
         logp, ids = logits.log_softmax(-1, dtype=torch.float32).topk(width, dim=-1)
         # What a head that gives no numbers drafts is a tree all the same, and may be rejected.
-        return logp.nan_to_num(nan=LEAST_LOGP).clamp(min=LEAST_LOGP), self.head.to_target(ids)
+        return logp.fmax(self.least), ids if self.ids is None else self.ids.take(ids)
 
     def _forward(
-        self, hidden: Tensor, tokens: Tensor, ahead: Tensor, seen: Tensor, step: int
+        self, hidden: Tensor, tokens: Tensor, ahead: Tensor | int, seen: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        """One head forward in scratch; `ahead` `[B, N]` counts positions from the history's end.
+        """One head forward in scratch; `ahead` `[N]` counts positions from the history's end.
 
         The next hidden states `[B, N, H]` and their logits `[B, N, Vd]`.
         """
         assert self.cache.lengths is not None
         mask = tree_mask(self.cache.lengths, self.cache.start, seen, hidden.dtype)
-        positions = self.cache.lengths[:, None] + ahead
+        positions = (self.cache.lengths[:, None] + ahead).expand_as(tokens)
         return self.call(hidden, tokens, positions, mask, self.cache, step)
 
 
-def _at_last(states: Tensor, length: Tensor) -> Tensor:
-    """Each row's state at its last pair: `[B, T, X]`, `[B]` -> `[B, X]`."""
+def _at_last(length: Tensor, *states: Tensor) -> list[Tensor]:
+    """Each row's states at its last pair: `[B]`, `[B, T, X]` each -> `[B, X]` each."""
+    b, t, _ = states[0].shape
     last = (length - 1).clamp(min=0)  # rows at rest take in nothing; what they hold is unused
-    return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
+    spots = last if b == 1 else last + torch.arange(0, b * t, t, device=length.device)
+    return [part.flatten(0, 1).index_select(0, spots) for part in states]
 
 
-def _with_itself(seen: Tensor) -> Tensor:
-    """Append the new level's own columns: `[B, W, M]` -> `[B, W, M + W]`."""
+def _with_itself(seen: Tensor, itself: Tensor | None = None) -> Tensor:
+    """Append the new level's own columns: `[B, W, M]` -> `[B, W, M + W]`; itself: eye(W)."""
     b, w, _ = seen.shape
-    itself = torch.eye(w, dtype=torch.bool, device=seen.device).expand(b, w, w)
-    return torch.cat([seen, itself], dim=-1)
+    if itself is None:
+        itself = torch.eye(w, dtype=torch.bool, device=seen.device)
+    return torch.cat([seen, itself.expand(b, w, w)], dim=-1)
 
 
 @lru_cache(maxsize=64)
 def _depths(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """The depth of each candidate, 1 for the first `sizes[0]` and so on; not to be written to."""
-    return torch.cat([torch.full((n,), d) for d, n in enumerate(sizes, 1)]).to(device)
+    """The depth of each candidate, 0 for the first `sizes[0]` and so on; not to be written to."""
+    return torch.cat([torch.full((n,), d) for d, n in enumerate(sizes)]).to(device)

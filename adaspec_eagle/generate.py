@@ -32,7 +32,7 @@ from adaspec_eagle.sampling import Row, Sampler, warpers
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import Target
 from adaspec_eagle.tree import DraftTree, ancestor_mask, lone_root
-from adaspec_eagle.verify import Verdict, best_tokens, emitted, match
+from adaspec_eagle.verify import Verdict, emitted, match
 from adaspec_eagle.watch import synchronize
 
 FIRST_CAPACITY = 4096  # columns a cache begins with at most; it doubles from there
@@ -321,7 +321,7 @@ class _Run:
         self.forward = target_call(target, self.layers, compiled)
         self.drafter: Drafter | None = None
         self.nodes = 0  # draft nodes verified a row in the last round
-        self.drafted: list[list[float]] = []  # by row, for the planner: what it reads of a draft
+        self.drafted: list[list] = []  # for the planner: candidates' scores and depths [B][K]
         self.depths: list[int] = []  # depth of each row's draft in the last round
         self.lengths: list[int] = []  # each row's history, as the caches have it
 
@@ -388,7 +388,8 @@ class _Run:
         moved = verdict.length if everyone else torch.tensor(gained, device=tokens.device)
         if self.drafter and self.drafter.planner:
             accepted = [count - 1 for count in counts]
-            self.drafter.learn(self.drafted, accepted, running, nodes)
+            scores, depths = self.drafted
+            self.drafter.learn(scores, depths, accepted, running, nodes)
             if not self.drafter.planner.pays():
                 self.drafter = None
         self._commit(verdict.path, tokens, moved, max(counts), features)
@@ -416,13 +417,10 @@ class _Run:
             self.watch_tree(tree, verdict)
         tokens = emitted(tree, verdict)  # [B, N]
         facts = torch.stack([verdict.length, tree.depths.amax(1), finite.long()], 1)
-        parts = [facts, tokens, *(self.drafter.drafted if self.drafter and self.nodes else ())]
-        # The round's one read from the device; what are whole numbers stay so in float64.
-        read = torch.cat([part.double() for part in parts], 1).tolist()
-        whole = facts.shape[1] + tokens.shape[1]
-        if self.nodes:
-            self.drafted = [row[whole:] for row in read]
-        host = [[int(number) for number in row[:whole]] for row in read]
+        planned = self.drafter.drafted if self.drafter and self.nodes else ()
+        few, more, *drafted = _read(facts, tokens, *planned)
+        self.drafted = drafted or self.drafted
+        host = [a + b for a, b in zip(few, more, strict=True)]
         return tokens, verdict, host, features
 
     @contextmanager
@@ -462,20 +460,16 @@ class _Run:
         drafts: list[Tensor],
     ) -> tuple[Verdict, Tensor]:
         """What the target accepts, and whether logits were numbers where it went `[B]`."""
-        if self.sampler.plain:
-            best, picks = best_tokens(logits)
-            finite = best.isfinite()
-            verdict = match(tree, picks, ancestors)
-        else:
-            finite = logits.amax(-1).isfinite()  # [B, N]; a NaN is its row's maximum
-            on_cpu = logits.device.type == "cpu"
-            if not on_cpu or not bool(finite.all()):
-                logits = logits.masked_fill(~finite[:, :, None], 0.0)
-            if on_cpu or not self.sampler.of_one_kind:  # there few nodes are dear, here a read is
-                verdict = self.sampler.walk(tree, logits, depth, running, drafts or None)
-            else:
-                picks = self.sampler.picks(tree, logits, depth, drafts or None)
-                verdict = match(tree, picks, ancestors)
+        sampler = self.sampler
+        if logits.device.type == "cpu" or not (sampler.plain or sampler.of_one_kind):
+            return sampler.walk(tree, logits, depth, running, drafts or None)
+        # Elsewhere a read is dear, and nodes are not: the target's tokens at all of them.
+        best, picks = logits.max(-1)  # [B, N]; a NaN is its row's maximum
+        finite = best.isfinite()
+        if not sampler.plain:
+            logits = logits.masked_fill(~finite[:, :, None], 0.0)
+            picks = sampler.picks(tree, logits, depth, drafts or None)
+        verdict = match(tree, picks, ancestors)
         return verdict, finite.gather(1, verdict.path).all(1)
 
     def _check_finite(self, finite: list[bool], rows: list[Tensor] | None = None) -> None:
@@ -497,6 +491,21 @@ class _Run:
         pairs = features.gather(1, path[:, :, None].expand(-1, -1, features.shape[-1]))
         with self.clock.part("draft"):
             self.drafter.advance(pairs, tokens[:, :longest], moved, max(self.lengths))
+
+
+def _read(*parts: Tensor) -> list[list[list]]:
+    """Rows of numbers `[B, X]` each, on the host: the round's one read from the device."""
+    if parts[0].device.type == "cpu":
+        return [part.tolist() for part in parts]
+    # What are whole numbers stay so in float64.
+    rows = torch.cat([part.double() for part in parts], 1).tolist()
+    read, begin = [], 0
+    for part in parts:
+        end = begin + part.shape[1]
+        whole = not part.is_floating_point()
+        read.append([[*map(int, row[begin:end])] if whole else row[begin:end] for row in rows])
+        begin = end
+    return read
 
 
 def where_not_finite(target: Target, ids: list[int]) -> str:

@@ -159,39 +159,66 @@ class Sampler:
         depth: int,
         running: Sequence[bool],
         drafts: list[Tensor] | None = None,
-    ) -> Verdict:
+    ) -> tuple[Verdict, Tensor]:
         """Choose the target's token node by node, and follow the child that equals it.
 
-        logits `[B, N, V]` at every node; depth: of the deepest node. Processors are applied to the
-        nodes that the walk comes to, with the history that they have there. drafts: for a chain
-        whose tokens were *sampled*, the distributions `[B, V]` they came from, one a depth; then
-        token x is accepted with probability min(1, p(x) / q(x)) and replaced by a draw from the
-        rest max(p - q, 0) otherwise (Leviathan et al., arXiv 2211.17192, algorithm 1).
+        logits `[B, N, V]` at every node; depth: of the deepest node. Only the nodes that the walk
+        comes to are looked at: processors are applied to them, with the history that they have
+        there. drafts: for a chain whose tokens were *sampled*, the distributions `[B, V]` they came
+        from, one a depth; then token x is accepted with probability min(1, p(x) / q(x)) and
+        replaced by a draw from the rest max(p - q, 0) otherwise (Leviathan et al., arXiv
+        2211.17192, algorithm 1). Gives the verdict, and whether a row's logits were numbers `[B]`;
+        where they are not, the row's walk ends.
         """
-        b = len(tree.tokens)
-        node = torch.zeros(b, dtype=torch.long, device=logits.device)
-        length, bonus = torch.ones_like(node), tree.tokens[:, 0].clone()
-        path = torch.zeros(b, depth + 1, dtype=torch.long, device=logits.device)
+        tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
+        paths, bonus = [[0] for _ in tokens], [row[0] for row in tokens]
+        finite = [True] * len(tokens)
         live = [place for place, goes_on in enumerate(running) if goes_on]
         for d in range(depth + 1):
-            at = torch.tensor(live, device=logits.device)
-            drafted = tree.tokens[at].gather(1, path[at, 1 : d + 1])  # [A, d]
-            scores = self._process(live, logits[at, node[at]], drafted)  # [A, V]
-            if drafts is not None and d < depth:
-                token = self._ratio_test(live, scores, tree.tokens[at, d + 1], drafts[d][at], d)
-            else:
-                token = self._choose(live, scores, d)
-            bonus[at] = token
-            child = (tree.parents[at] == node[at, None]) & (tree.depths[at] == d + 1)
-            child &= tree.tokens[at] == token[:, None]  # [A, N]
-            found = child.any(1)
-            at, child = at[found], child[found]
-            live = at.tolist()
             if not live:
                 break
-            node[at] = path[at, d + 1] = child.long().argmax(1)
-            length[at] = d + 2
-        return Verdict(path, length, bonus)
+            at = [logits[place, paths[place][-1]][None] for place in live]
+            raw = at[0] if len(at) == 1 else torch.cat(at)  # [A, V]
+            drafted = [[tokens[place][n] for n in paths[place][1:]] for place in live]  # [A][d]
+            drawn = (
+                None
+                if drafts is None or d == depth
+                else (tree.tokens[live, d + 1], drafts[d][live])
+            )
+            chosen, best = self._target_tokens(live, raw, drafted, drawn)
+            ahead = []
+            for place, token, top in zip(live, chosen.tolist(), best.tolist(), strict=True):
+                finite[place], bonus[place] = math.isfinite(top), token
+                child = _child(tokens[place], parents[place], paths[place][-1], token)
+                if child and finite[place]:
+                    paths[place].append(child)
+                    ahead.append(place)
+            live = ahead
+        padded = [path + [0] * (depth + 1 - len(path)) for path in paths]
+        found = (padded, [*map(len, paths)], bonus, finite)
+        *verdict, fine = (torch.tensor(x, device=logits.device) for x in found)
+        return Verdict(*verdict), fine
+
+    def _target_tokens(
+        self,
+        places: list[int],
+        logits: Tensor,
+        drafted: list[list[int]],
+        drawn: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The target's own tokens behind `drafted`, and the greatest logit there: `[A]` each.
+
+        drawn: the next draft tokens `[A]` and the distributions `[A, V]` that they were drawn from.
+        """
+        best, tokens = logits.max(-1)  # a NaN is its row's greatest
+        if self.plain:
+            return tokens, best
+        if not bool(best.isfinite().all()):
+            logits = logits.masked_fill(~best.isfinite()[:, None], 0.0)
+        scores, ahead = self._process(places, logits, drafted), len(drafted[0])
+        if drawn:
+            return self._ratio_test(places, scores, *drawn, ahead), best
+        return self._choose(places, scores, ahead), best
 
     def picks(
         self, tree: DraftTree, logits: Tensor, depth: int, drafts: list[Tensor] | None = None
@@ -237,16 +264,16 @@ class Sampler:
         made = uniforms(self.seed, *places)
         return made.view(shape).to(device, non_blocking=True)
 
-    def _process(self, places: list[int], logits: Tensor, drafted: Tensor) -> Tensor:
+    def _process(self, places: list[int], logits: Tensor, drafted: list[list[int]]) -> Tensor:
         """Scores after the rows' processors, in float32 (float64 for float64): `[A, V]`."""
         scores = logits.to(exact_dtype(logits.dtype))
         lists = [self.rows[place].processors for place in places]
         own = any(isinstance(p, OWN_HISTORY) for processors in lists for p in processors)
         if not own and all(processors is lists[0] for processors in lists):
-            return self._applied(lists[0], drafted, scores)
+            return self._applied(lists[0], torch.tensor(drafted), scores)  # no ids are looked at
         done = []
         for a, place in enumerate(places):
-            ids = torch.tensor([self.rows[place].history + drafted[a].tolist()])
+            ids = torch.tensor([self.rows[place].history + drafted[a]])
             done.append(self._applied(lists[a], ids.to(scores.device), scores[a : a + 1]))
         return torch.cat(done)
 
@@ -312,6 +339,12 @@ class Sampler:
         """The drafted token `[A]` where it passes, else a draw from the rest."""
         numbers = (self.numbers(places, ahead, purpose) for purpose in (ACCEPT, RESIDUAL))
         return tested_tokens(self.distribution(places, scores), q, drafted, *numbers)
+
+
+def _child(tokens: list[int], parents: list[int], node: int, token: int) -> int:
+    """The child of a tree's node that has this token; 0 where there is none."""
+    later = range(node + 1, len(tokens))
+    return next((n for n in later if parents[n] == node and tokens[n] == token), 0)
 
 
 def within_nucleus(scores: Tensor, top_p: Tensor | float) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 @dataclass
@@ -44,27 +43,19 @@ def ancestor_mask(parents: Tensor, depth: int) -> Tensor:
 def select_nodes(
     tokens: Tensor, parents: Tensor, depths: Tensor, scores: Tensor, chosen: Tensor
 ) -> DraftTree:
-    """The tree of the root and some of M candidates, such as the best ones (EAGLE-2's reranking).
+    """The tree of some of M candidates, such as the best ones (EAGLE-2's reranking).
 
     tokens, parents, scores `[B, M]`, depths `[M]`, chosen `[B, K]`: places among the candidates, in
-    any order. parents are such places, too, -1 for the root's children. Every candidate comes after
-    its parent, and a chosen node's parent must be chosen. The root's token is left 0: the caller
-    puts it there.
+    any order. Candidate 0 is the root, its own parent, and must be chosen; the others come after
+    their parents, and a chosen node's parent must be chosen.
     """
-    b, m = tokens.shape
-    k = chosen.shape[1]
+    b, k = chosen.shape
     chosen = chosen.sort(dim=1).values
-    place = torch.zeros(b, m + 1, dtype=torch.long, device=tokens.device)  # column m: the root
-    place.scatter_(1, chosen, torch.arange(1, k + 1, device=tokens.device).expand(b, k))
-    old_parents = parents.gather(1, chosen)  # [B, K]
-    new_parents = place.gather(1, torch.where(old_parents < 0, m, old_parents))
-
-    def below_root(values: Tensor) -> Tensor:
-        return functional.pad(values, (1, 0))
-
+    place = torch.zeros_like(tokens)  # [B, M]: in the tree, of those that are chosen
+    place.scatter_(1, chosen, torch.arange(k, device=tokens.device).expand(b, k))
     return DraftTree(
-        below_root(tokens.gather(1, chosen)),
-        below_root(new_parents),
-        below_root(depths[chosen]),
-        below_root(scores.gather(1, chosen)),
+        tokens.gather(1, chosen),
+        place.gather(1, parents.gather(1, chosen)),
+        depths[chosen],
+        scores.gather(1, chosen),
     )

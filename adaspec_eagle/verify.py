@@ -3,15 +3,12 @@
 Legend: B rows, N nodes, D depth.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from adaspec_eagle.tree import DraftTree
-
-LEAST_IDS, MOST_IDS = 128, 1024  # whose greatest logit is found at a time, on CPU
 
 
 @dataclass
@@ -21,21 +18,6 @@ class Verdict:
     path: Tensor  # [B, D + 1] nodes from the root down; past `length` the root
     length: Tensor  # [B] nodes on the path, the root included: accepted draft tokens + 1
     bonus: Tensor  # [B] the target's own token behind the path
-
-
-def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The greatest logit of every node and the first id that has it: `[B, N, V]` -> `[B, N]` each.
-
-    As `logits.max(-1)`, in half its time on CPU, where a greatest value is found many times as fast
-    as its place: first that of every block of ids, then the place in the best block alone.
-    """
-    size = math.gcd(logits.shape[-1], MOST_IDS)
-    if logits.device.type != "cpu" or size < LEAST_IDS:
-        return logits.max(-1)
-    blocks = logits.unflatten(-1, (-1, size))  # [B, N, V / size, size]
-    best, block = blocks.amax(-1).max(-1)
-    inside = blocks.gather(2, block[..., None, None].expand(-1, -1, 1, size))[:, :, 0]
-    return best, block * size + inside.max(-1).indices
 
 
 def match(tree: DraftTree, picks: Tensor, ancestors: Tensor) -> Verdict:

@@ -177,7 +177,7 @@ def emit(kind: str, processors: LogitsProcessorList, draws: int, length: int):
         last = torch.tensor([answer[-1] for answer in answers])
         tree, drafts = shape_tree(kind, last, q, sampler)
         depth = int(tree.depths.max())
-        verdict = sampler.walk(tree, p[tree.tokens], depth, [True] * draws, drafts)
+        verdict, _ = sampler.walk(tree, p[tree.tokens], depth, [True] * draws, drafts)
         tokens = emitted(tree, verdict)
         accepted += int((verdict.length > 1).sum())
         asked += draws
@@ -256,7 +256,7 @@ def test_sampled_drafts_are_accepted_as_often_as_theory_says(kind):
         q = (toy(1) + 0.5 * toy(2)).softmax(-1)
     sampler = Sampler([Row(n, [0], 1) for n in range(draws)], sample=True, seed=1)
     tree, drafts = shape_tree(kind, torch.zeros(draws, dtype=torch.long), q, sampler)
-    verdict = sampler.walk(tree, toy(1)[tree.tokens], int(kind[-1]), [True] * draws, drafts)
+    verdict, _ = sampler.walk(tree, toy(1)[tree.tokens], int(kind[-1]), [True] * draws, drafts)
     found = float((verdict.length > 1).double().mean())
     wanted = float(torch.minimum(p[0], q[0]).sum())
     assert abs(found - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / draws)

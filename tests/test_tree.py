@@ -13,8 +13,9 @@ from adaspec_eagle.attention import (
 )
 from adaspec_eagle.draft import Auto, Drafter, Dynamic, Sampled, chain, parse_shape, static_tree
 from adaspec_eagle.errors import UserError
+from adaspec_eagle.sampling import Row, Sampler
 from adaspec_eagle.tree import DraftTree, ancestor_mask, select_nodes
-from adaspec_eagle.verify import best_tokens, emitted, match
+from adaspec_eagle.verify import emitted, match
 from tests.tiny import tiny_head, tiny_target
 
 
@@ -90,11 +91,11 @@ def test_dynamic_tree_holds_the_most_probable_paths():
 
 
 def test_selected_nodes_keep_their_parents():
-    tokens = torch.tensor([[5, 6, 7, 8, 9]])
-    parents = torch.tensor([[-1, -1, 0, 0, 1]])
-    scores = torch.tensor([[-1.0, -2.0, -1.5, -4.0, -2.5]])
-    depths = torch.tensor([1, 1, 2, 2, 2])
-    tree = select_nodes(tokens, parents, depths, scores, scores.topk(3).indices)
+    tokens = torch.tensor([[0, 5, 6, 7, 8, 9]])
+    parents = torch.tensor([[0, 0, 0, 1, 1, 2]])
+    scores = torch.tensor([[0.0, -1.0, -2.0, -1.5, -4.0, -2.5]])
+    depths = torch.tensor([0, 1, 1, 2, 2, 2])
+    tree = select_nodes(tokens, parents, depths, scores, scores.topk(4).indices)
     assert tree.tokens.tolist() == [[0, 5, 6, 7]]
     assert tree.parents.tolist() == [[0, 0, 0, 1]]
     assert tree.depths.tolist() == [[0, 1, 1, 2]]
@@ -164,16 +165,35 @@ def test_unrolled_attention_equals_a_dense_mask_in_value_and_gradient(steps):
     torch.testing.assert_close(ours, plain)
 
 
-@pytest.mark.parametrize("vocab", [512, 640, 1000, 2048])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_best_tokens_are_those_of_max_with_ties_and_numbers_that_are_none(vocab, dtype):
-    torch.manual_seed(0)
-    logits = torch.randint(-3, 4, (2, 5, vocab)).to(dtype)  # many ties
-    logits[1, 2, vocab // 2] = torch.nan
-    logits[1, 3, -1] = torch.inf
-    wanted, found = logits.max(-1), best_tokens(logits)
-    torch.testing.assert_close(found[0], wanted.values, equal_nan=True, atol=0, rtol=0)
-    assert torch.equal(found[1], wanted.indices)
+def test_a_walk_ends_where_a_match_at_all_nodes_ends():
+    """Over random trees of few tokens, rows at rest and logits that are no numbers included."""
+    numbers = torch.Generator().manual_seed(0)
+    b, n = 200, 9
+    parents = torch.zeros(b, n, dtype=torch.long)
+    depths = torch.zeros(b, n, dtype=torch.long)
+    for node in range(2, n):
+        parents[:, node] = torch.randint(0, node, (b,), generator=numbers)
+    for node in range(1, n):
+        depths[:, node] = depths.gather(1, parents[:, node : node + 1])[:, 0] + 1
+    tokens = torch.arange(n).expand(b, -1) % 4 + 4 * (parents % 2)  # siblings may be alike
+    later = torch.arange(n)[:, None] > torch.arange(n)
+    twin = (tokens[:, :, None] == tokens[:, None]) & (parents[:, :, None] == parents[:, None])
+    tokens = torch.where((twin & later).any(2), 7 + torch.arange(n), tokens)
+    logits = torch.randn(b, n, 16, generator=numbers)
+    logits.scatter_add_(2, tokens.roll(-1, 1)[:, :, None], torch.full((b, n, 1), 2.0))
+    logits[torch.rand(b, n, generator=numbers) < 0.05] = torch.nan
+    tree, running = DraftTree(tokens, parents, depths), [row % 5 > 0 for row in range(b)]
+    verdict, finite = Sampler([Row(row, [], 0) for row in range(b)]).walk(tree, logits, n, running)
+    best, picks = logits.max(-1)
+    wanted = match(tree, picks, ancestor_mask(parents, n))
+    good = best.isfinite().gather(1, wanted.path).all(1)
+    went = torch.tensor(running)
+    assert torch.equal(finite[went], good[went])
+    assert bool(finite[~went].all())
+    assert sum(wanted.length[went & good] > 2) > 10
+    for part in ("length", "bonus"):
+        assert torch.equal(*(getattr(v, part)[went & good] for v in (verdict, wanted)))
+    assert torch.equal(verdict.path[:, :n][went & good], wanted.path[went & good])
 
 
 @pytest.mark.parametrize("wrong", ["tree", "chain:0", "chain:x", "beam"])
