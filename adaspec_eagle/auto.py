@@ -42,11 +42,11 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # tokens of a target forward that 
 FORWARDS = 3  # raised when forwards become faster or slower: costs on disk are measured again
 HISTORY = 256  # tokens of history while timing
 REPEATS, LONG = 7, 0.5  # the median of so many counts; of fewer once they took LONG seconds
-PRIOR = 8.0  # rounds that the first guess of the rate is worth
+PRIOR = 1.0  # rounds that the first guess of the rate is worth
 TRUST = 32.0  # rounds that the head's own probabilities are worth against what was accepted
 GUESS = 0.5  # acceptance of one more level
 PATIENCE = 24  # rounds before drafting may be given up
-FORGET = 0.97  # weight of a round's tokens and seconds one round later
+FORGET = 0.95  # weight of a round's tokens and seconds one round later
 RECENT = 0.7  # weight of a round's probabilities one round later, where trees are shaped ahead
 
 

@@ -1,4 +1,6 @@
-"""Greedy verification: the target's own token at every node, then the walk that follows it.
+"""What a round accepts where the target's own token is known at every node.
+
+Off the CPU; there a walk asks for the tokens that it needs (`sampling.Sampler.walk`).
 
 Legend: B rows, N nodes, D depth.
 """

@@ -126,7 +126,8 @@ def test_trees_shaped_ahead_follow_what_the_last_rounds_had():
         sure, levels, nodes = turn < 40, planner.levels, planner.count
         scores = [-0.05 * n if sure else -9.0 for n in range(60)]
         depths = [1 + n * levels // 60 for n in range(60)]
-        planner.learn([scores], [depths], [levels if sure else 0], levels, nodes)
+        passed = min(levels, depths[nodes - 1]) if sure else 0
+        planner.learn([scores], [depths], [passed], levels, nodes)
         sizes.append((levels, nodes))
     assert sizes[39][0] > 5
     assert sizes[39][1] > 30
