@@ -123,7 +123,7 @@ def test_trees_shaped_ahead_follow_what_the_last_rounds_had():
     planner = Planner(flat(draft=0.01, slope=0.05), 1, 60, ahead=True)
     sizes = []
     for turn in range(100):
-        sure, levels, nodes = turn < 40, planner.levels, planner.count
+        sure, levels, nodes = turn < 40, min(planner.levels, Auto.depth), planner.count
         scores = [-0.05 * n if sure else -9.0 for n in range(60)]
         depths = [1 + n * levels // 60 for n in range(60)]
         passed = min(levels, depths[nodes - 1]) if sure else 0
