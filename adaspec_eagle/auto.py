@@ -227,12 +227,20 @@ class Planner:
         prior = TRUST * self.rows * GUESS**depth
         return (self.kept[depth - 1] + prior) / (self.promised[depth - 1] + prior)
 
-    def deeper(self, depth: int, beam: Tensor) -> bool:
-        """Whether a level below the beam at `depth` is worth drafting; beam `[B, W]`: log p."""
+    def wide(self, depth: int, beam: Tensor) -> int:
+        """How many nodes of the beam at `depth` to draft a level below; 0 where it does not pay.
+
+        beam `[B, W]`: log p, the greatest first. A node that is not worth verifying has no children
+        that are: none is as probable.
+        """
         if self.ahead:
-            return depth < self.levels
-        share = self.rows / len(beam)  # others are at rest
-        return self._deeper(depth, share * sum(map(math.exp, beam.flatten().tolist())))
+            return beam.shape[1] if depth < self.levels else 0
+        share, least = self.rows / len(beam), self.rate * self.node  # other rows are at rest
+        chances = [[share * math.exp(score) for score in row] for row in beam.tolist()]
+        if not self._deeper(depth, sum(map(sum, chances))):
+            return 0
+        trust = self.trust(depth)
+        return max(1, *(sum(trust * chance > least for chance in row) for row in chances))
 
     def _deeper(self, depth: int, reach: float) -> bool:
         """The same, from how many rows are expected to get to `depth`."""

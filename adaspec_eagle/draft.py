@@ -407,22 +407,26 @@ class Drafter:
         none = torch.zeros(b, 1, dtype=torch.long, device=device)  # the root is candidate 0
         tokens, scores, parents = [none, token], [none.float(), score], [none]
         seen = torch.zeros(b, width, 0, dtype=torch.bool, device=device)
-        itself = torch.eye(width, dtype=torch.bool, device=device)
         for depth in range(1, min(shape.depth, self.head.deepest or shape.depth)):
-            if self.planner and not self.planner.deeper(depth, score):
-                break
-            seen = _with_itself(seen, itself)
+            if self.planner:
+                wide = self.planner.wide(depth, score)  # the beam narrows to V nodes
+                if not wide:
+                    break
+                if wide < score.shape[1]:
+                    beam = (score, token, index, hidden, seen)
+                    score, token, index, hidden, seen = (part[:, :wide] for part in beam)
+            seen = _with_itself(seen)
             hidden, logits = self._forward(hidden, token, depth - 1, seen, depth)
-            logp, best = self._top(logits, width)  # [B, W, W]
+            logp, best = self._top(logits, width)  # [B, V, W]
+            first = sum(part.shape[1] for part in tokens)  # of the level's candidates
             tokens.append(best.flatten(1))
-            scores.append((score[:, :, None] + logp).flatten(1))  # [B, W * W]
+            scores.append((score[:, :, None] + logp).flatten(1))  # [B, V * W]
             parents.append(index)
             score, place = scores[-1].topk(width, dim=1)  # [B, W]: the next beam
-            token = tokens[-1].gather(1, place)
-            index = place + (1 + width * (1 + (depth - 1) * width))
+            token, index = tokens[-1].gather(1, place), place + first
             above = torch.div(place, width, rounding_mode="floor")[:, :, None]  # [B, W, 1]
-            hidden = hidden.gather(1, above.expand_as(hidden))
-            seen = seen.gather(1, above.expand_as(seen))
+            hidden = hidden.gather(1, above.expand(-1, -1, hidden.shape[2]))
+            seen = seen.gather(1, above.expand(-1, -1, seen.shape[2]))
         self.depth = len(parents)
         depths = _depths(tuple(part.shape[1] for part in tokens), device)  # [M]
         # A child stays strictly below its parent, so that a chosen node's parent is chosen too.
@@ -462,12 +466,11 @@ def _at_last(length: Tensor, *states: Tensor) -> list[Tensor]:
     return [part.flatten(0, 1).index_select(0, spots) for part in states]
 
 
-def _with_itself(seen: Tensor, itself: Tensor | None = None) -> Tensor:
-    """Append the new level's own columns: `[B, W, M]` -> `[B, W, M + W]`; itself: eye(W)."""
+def _with_itself(seen: Tensor) -> Tensor:
+    """Append the new level's own columns: `[B, W, M]` -> `[B, W, M + W]`."""
     b, w, _ = seen.shape
-    if itself is None:
-        itself = torch.eye(w, dtype=torch.bool, device=seen.device)
-    return torch.cat([seen, itself.expand(b, w, w)], dim=-1)
+    itself = torch.eye(w, dtype=torch.bool, device=seen.device).expand(b, w, w)
+    return torch.cat([seen, itself], dim=-1)
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ import torch
 
 from adaspec_eagle import generate
 from adaspec_eagle.auto import PATIENCE, Costs, Planner, costs_of, measure_costs
-from adaspec_eagle.draft import Auto
+from adaspec_eagle.draft import Auto, Drafter
 from adaspec_eagle.generate import Answers, decode
 from adaspec_eagle.sampling import Row, Sampler
 from tests.test_lossless import oracle, prompts
@@ -44,9 +44,49 @@ def test_nodes_are_verified_exactly_while_they_pay():
 
 def test_levels_are_drafted_while_they_pay():
     beam = torch.tensor([[0.5, 0.2]]).log()
-    assert Planner(flat(draft=0.01), 1, 60).deeper(1, beam)
-    assert not Planner(flat(draft=1.0), 1, 60).deeper(1, beam)
-    assert not Planner(flat(draft=0.01), 1, 60).deeper(1, torch.tensor([[1e-3]]).log())
+    assert Planner(flat(draft=0.01), 1, 60).wide(1, beam) == 2
+    assert Planner(flat(draft=1.0), 1, 60).wide(1, beam) == 0
+    assert Planner(flat(draft=0.01), 1, 60).wide(1, torch.tensor([[1e-3]]).log()) == 0
+
+
+def test_only_nodes_that_are_worth_verifying_have_children():
+    """Of the row that has most of them; where a level pays for all together, one at least."""
+    planner = Planner(flat(draft=0.01, slope=0.1), 1, 60)
+    planner.tokens, planner.seconds = 2.0, 1.0  # 2 tokens/s: a node must bring 0.2 tokens
+    chances = torch.tensor([[0.5, 0.3, 0.15, 0.04]])
+    assert planner.wide(1, chances.log()) == 2
+    planner.rows = 2
+    assert planner.wide(1, torch.cat([chances, chances.clamp(0.21)]).log()) == 4
+    planner.rows = 1
+    assert planner.wide(1, torch.full((1, 8), 0.19).log()) == 1
+
+
+def test_a_narrowed_tree_is_the_best_part_of_the_whole_one(monkeypatch):
+    """Nodes have the parents, tokens and scores that they have where all the beam is grown."""
+    target = tiny_target()
+    head = tiny_head(target)
+    ids, features = torch.randint(8, 97, (1, 9)), torch.randn(1, 8, 96, dtype=torch.float64)
+
+    def grown(wide):
+        monkeypatch.setattr(Planner, "wide", lambda self, depth, beam: wide[depth])
+        monkeypatch.setattr(Planner, "nodes", lambda self, scores, depths: scores.shape[1])
+        drafter = Drafter(head, Auto(width=4, depth=4), planner=Planner(flat(), 1, 63))
+        with torch.no_grad():
+            drafter.prefill(features, ids, torch.tensor([8]))
+            tree, _ = drafter.grow(torch.tensor([9]))
+        tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
+        paths = {}
+        for n in range(1, len(tokens)):
+            paths[n] = (*paths.get(parents[n], ()), tokens[n])
+        return {path: float(tree.scores[0, n]) for n, path in paths.items()}
+
+    whole, narrowed = grown([0, 4, 4, 4]), grown([0, 3, 2, 1])
+    assert len(narrowed) == 4 * (1 + 3 + 2 + 1)
+    assert max(map(len, narrowed)) == 4
+    alike = set(whole) & set(narrowed)
+    assert len(alike) > 12
+    for path in alike:
+        assert whole[path] == pytest.approx(narrowed[path], abs=1e-6)
 
 
 def test_probabilities_are_corrected_by_what_was_accepted():
