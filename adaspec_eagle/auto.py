@@ -5,11 +5,12 @@ seconds and the head's probabilities, corrected by what was accepted so far, a r
 that expected tokens per second is greatest, not the acceptance length. The greatest ratio tokens /
 seconds is found as Dinkelbach does: with `rate` the tokens per second reached so far, a level or a
 node is worth having if the tokens it is expected to add exceed rate x the seconds that it takes.
+Nodes are verified in the numbers that were timed: a new number costs a CUDA graph, or, on CPU, some
+milliseconds in which oneDNN prepares its products.
 
 On CPU a round is shaped while it is drafted, by its own probabilities. Elsewhere that would have
 the device wait for the host at every level: there the probabilities of a round arrive with what was
-accepted, in the round's one read, and shape the next rounds; sizes are those that were timed, so
-that few CUDA graphs do.
+accepted, in the round's one read, and shape the next rounds.
 
 Legend: B rows, M candidates.
 """
@@ -268,8 +269,7 @@ class Planner:
         best, most, gain, rate = 1, -math.inf, 0.0, self.rate
         for count, (one_more, seconds) in enumerate(zip(gains, self.verify, strict=False), 1):
             gain += one_more
-            allowed = not self.ahead or count + 1 in self.timed
-            if allowed and gain - rate * seconds > most:
+            if count + 1 in self.timed and gain - rate * seconds > most:
                 best, most = count, gain - rate * seconds
         return best
 

@@ -33,11 +33,16 @@ def test_costs_between_sizes_are_interpolated():
 
 
 def test_nodes_are_verified_exactly_while_they_pay():
-    """A node pays if its chance exceeds rate x the seconds that it adds."""
+    """Nodes pay if their chances exceed rate x the seconds that they add; in timed numbers."""
     planner = Planner(flat(slope=0.1), rows=1, most_nodes=60)
     planner.tokens, planner.seconds = 2.0, 1.0  # 2 tokens/s: a node must bring 0.2 tokens
-    chances = torch.tensor([[0.9, 0.5, 0.3, 0.21, 0.19, 0.1]])
+    chances = torch.tensor([[0.9, 0.5, 0.3, 0.25, 0.19, 0.1]])
+    planner.timed = set(range(64))
     assert planner.nodes(chances.log(), torch.ones(1, 6, dtype=torch.long)) == 4
+    planner.timed = {2, 4, 6}  # tokens of a forward, the root's included
+    assert planner.nodes(chances.log(), torch.ones(1, 6, dtype=torch.long)) == 5
+    planner.timed = {2, 4, 16}
+    assert planner.nodes(chances.log(), torch.ones(1, 6, dtype=torch.long)) == 3
     assert Planner(flat(slope=9.0), 1, 60).nodes(chances.log(), torch.ones(1, 6).long()) == 1
     assert Planner(flat(), 1, 6).nodes(chances.log(), torch.ones(1, 6).long()) == 6
 
