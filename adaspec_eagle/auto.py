@@ -5,8 +5,8 @@ seconds and the head's probabilities, corrected by what was accepted so far, a r
 that expected tokens per second is greatest, not the acceptance length. The greatest ratio tokens /
 seconds is found as Dinkelbach does: with `rate` the tokens per second reached so far, a level or a
 node is worth having if the tokens it is expected to add exceed rate x the seconds that it takes.
-Nodes are verified in the numbers that were timed: a new number costs a CUDA graph, or, on CPU, some
-milliseconds in which oneDNN prepares its products.
+Nodes are verified in few numbers, those that were timed: a new one costs a CUDA graph or, on CPU,
+some milliseconds in which oneDNN prepares its products.
 
 On CPU a round is shaped while it is drafted, by its own probabilities. Elsewhere that would have
 the device wait for the host at every level: there the probabilities of a round arrive with what was
@@ -47,7 +47,7 @@ PRIOR = 1.0  # rounds that the first guess of the rate is worth
 TRUST = 32.0  # rounds that the head's own probabilities are worth against what was accepted
 GUESS = 0.5  # acceptance of one more level
 PATIENCE = 24  # rounds before drafting may be given up
-FORGET = 0.95  # weight of a round's tokens and seconds one round later
+FORGET = 0.97  # weight of a round's tokens and seconds one round later
 RECENT = 0.7  # weight of a round's probabilities one round later, where trees are shaped ahead
 
 
@@ -190,16 +190,19 @@ class Planner:
     tokens: float = 0.0  # emitted and seconds modelled in the rounds so far, the last weigh most
     seconds: float = 0.0
     rounds: int = 0
+    made: float = 0.0  # tokens and modelled seconds of all rounds alike
+    spent: float = 0.0
     promised: list[float] = field(default_factory=list)  # by depth: what the head said would pass
     kept: list[float] = field(default_factory=list)  # by depth: what passed
     levels: int = 4  # of the next round, where it is shaped ahead; and its nodes
-    count: int = 8
+    count: int = 7
     reach: list[float] = field(default_factory=list)  # by depth: rows that get there, of late
     gains: list[float] = field(default_factory=list)  # by rank: tokens that a candidate brings
 
     def __post_init__(self) -> None:
         self.verify = [self.costs.of_target(n + 1) for n in range(1, self.most_nodes + 1)]
-        self.node = self.costs.of_target(3) - self.costs.of_target(2)  # of one more
+        span = self.costs.of_target(self.most_nodes + 1) - self.costs.of_target(2)
+        self.node = span / max(1, self.most_nodes - 1)  # of one more, on average
         self.timed = {*self.costs.sizes, self.most_nodes + 1}  # tokens of a forward
         self.seconds = PRIOR * self.costs.of_target(1)
         self.tokens = PRIOR * self.rows * 1.5
@@ -218,6 +221,7 @@ class Planner:
         """Go on with fewer rows; costs stay those of all, with a draft and without alike."""
         share, self.rows = rows / self.rows, rows
         self.tokens *= share
+        self.made *= share
         self.reach = [share * value for value in self.reach]
         self.gains = [share * value for value in self.gains]
 
@@ -231,20 +235,19 @@ class Planner:
     def wide(self, depth: int, beam: Tensor) -> int:
         """How many nodes of the beam at `depth` to draft a level below; 0 where it does not pay.
 
-        beam `[B, W]`: log p, the greatest first. A node that is not worth verifying has no children
-        that are: none is as probable.
+        beam `[B, W]`: log p, the greatest first. Nodes that bring less than a node costs on average
+        have no children drafted: those are less probable still.
         """
         if self.ahead:
             return beam.shape[1] if depth < self.levels else 0
-        share, least = self.rows / len(beam), self.rate * self.node  # other rows are at rest
-        chances = [[share * math.exp(score) for score in row] for row in beam.tolist()]
-        if not self._deeper(depth, sum(map(sum, chances))):
+        share, trust = self.rows / len(beam), self.trust(depth)  # other rows are at rest
+        gains = [share * sum(map(math.exp, rank)) for rank in zip(*beam.tolist(), strict=True)]
+        if not self._deeper(depth, sum(gains)):
             return 0
-        trust = self.trust(depth)
-        return max(1, *(sum(trust * chance > least for chance in row) for row in chances))
+        return max(1, sum(trust * gain > self.rate * self.node for gain in gains))
 
     def _deeper(self, depth: int, reach: float) -> bool:
-        """The same, from how many rows are expected to get to `depth`."""
+        """Whether a level below `depth` pays, where so many rows are expected to get to `depth`."""
         passes = GUESS * self.trust(min(depth + 1, max(len(self.kept), 1)))
         return reach * passes > self.rate * (self.costs.draft + self.node)
 
@@ -254,7 +257,8 @@ class Planner:
         They come best first, `most_nodes` of them at most.
         """
         if self.ahead:
-            return min(self.count, scores.shape[1])
+            most = min(self.count, scores.shape[1])
+            return max((n for n in range(1, most + 1) if n + 1 in self.timed), default=1)
         places = depths.tolist()
         trust = [1.0, *(self.trust(d) for d in range(1, max(map(max, places)) + 1))]
         gains = [0.0] * scores.shape[1]
@@ -299,8 +303,9 @@ class Planner:
         # A forward a level, the first takes in what was accepted; other work is about one more.
         spent = (levels + 1) * self.costs.draft
         spent += self.costs.of_target(nodes + 1)
-        self.rounds += 1
-        self.tokens = FORGET * self.tokens + sum(accepted) + len(accepted)
+        tokens = sum(accepted) + len(accepted)
+        self.rounds, self.made, self.spent = self.rounds + 1, self.made + tokens, self.spent + spent
+        self.tokens = FORGET * self.tokens + tokens
         self.seconds = FORGET * self.seconds + spent
         if self.ahead:
             self._shape_next(scores, depths, levels)
@@ -321,8 +326,13 @@ class Planner:
         self.count = self._best(self.gains)
 
     def pays(self) -> bool:
-        """Whether drafting is worth its time, as far as is known; never no at the beginning."""
-        return self.rounds < PATIENCE or self.rate > self.plain_rate
+        """Whether drafting is worth its time, as far as is known; never no at the beginning.
+
+        What all rounds have brought is taken for too little by one in the square root of their
+        number, about its standard error: an answer that has given up drafts no more.
+        """
+        most = self.made * (1 + max(self.rounds, 1) ** -0.5)
+        return self.rounds < PATIENCE or most > self.plain_rate * self.spent
 
 
 def _recent(earlier: list[float], now: list[float]) -> list[float]:

@@ -257,7 +257,6 @@ class Drafter:
         self.depth = 0  # of the last tree
         self.packing = packing(head)
         self.call = head_call(head, compiled)
-        self.ids = head.draft_ids  # [Vd]
         self.least = torch.full((), LEAST_LOGP, device=head.embed_rows.device)
         self.cache = TreeCache(head.cached_layers, capacity)
         self.plan: Plan | None = None  # of a static shape, made once
@@ -443,7 +442,7 @@ class Drafter:
         """Log-probabilities and target ids of the `width` best: `[..., Vd]` -> `[..., W]` each."""
         logp, ids = logits.log_softmax(-1, dtype=torch.float32).topk(width, dim=-1)
         # What a head that gives no numbers drafts is a tree all the same, and may be rejected.
-        return logp.fmax(self.least), ids if self.ids is None else self.ids.take(ids)
+        return logp.fmax(self.least), self.head.to_target(ids)
 
     def _forward(
         self, hidden: Tensor, tokens: Tensor, ahead: Tensor | int, seen: Tensor, step: int

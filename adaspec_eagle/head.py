@@ -264,7 +264,7 @@ class DraftHead(nn.Module):
         """Draft ids -> target ids, same shape."""
         if self.config.draft_vocab_size == self.config.vocab_size:
             return ids
-        return ids + self.d2t[ids]
+        return ids + self.d2t.take(ids)
 
     def to_draft(self, ids: Tensor) -> Tensor:
         """Target ids -> draft ids, same shape; -1 outside the draft vocabulary."""

@@ -177,8 +177,9 @@ class Sampler:
         for d in range(depth + 1):
             if not live:
                 break
-            at = [logits[place, paths[place][-1]][None] for place in live]
-            raw = at[0] if len(at) == 1 else torch.cat(at)  # [A, V]
+            nodes = [paths[place][-1] for place in live]
+            alone = len(live) == 1  # then a view will do
+            raw = logits[live[0], nodes[0]][None] if alone else logits[live, nodes]  # [A, V]
             drafted = [[tokens[place][n] for n in paths[place][1:]] for place in live]  # [A][d]
             drawn = (
                 None

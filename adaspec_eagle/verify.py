@@ -1,6 +1,7 @@
-"""What a round accepts where the target's own token is known at every node.
+"""What a round accepts and emits; `match`, where the target's own token is known at every node.
 
-Off the CPU; there a walk asks for the tokens that it needs (`sampling.Sampler.walk`).
+That is off the CPU; on it `sampling.Sampler.walk` asks for the tokens on its way alone, which
+`match` is the tested reference for.
 
 Legend: B rows, N nodes, D depth.
 """

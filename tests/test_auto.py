@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -60,38 +61,57 @@ def test_only_nodes_that_are_worth_verifying_have_children():
     planner.tokens, planner.seconds = 2.0, 1.0  # 2 tokens/s: a node must bring 0.2 tokens
     chances = torch.tensor([[0.5, 0.3, 0.15, 0.04]])
     assert planner.wide(1, chances.log()) == 2
-    planner.rows = 2
-    assert planner.wide(1, torch.cat([chances, chances.clamp(0.21)]).log()) == 4
-    planner.rows = 1
     assert planner.wide(1, torch.full((1, 8), 0.19).log()) == 1
+    for rows in (2, 8):  # more rows at more tokens a second, each of these as dear
+        planner = Planner(flat(draft=0.01, slope=0.1), rows, 60)
+        planner.tokens, planner.seconds = 2.0 * rows, 1.0
+        assert planner.wide(1, chances.log().expand(rows, -1)) == 2
 
 
-def test_a_narrowed_tree_is_the_best_part_of_the_whole_one(monkeypatch):
-    """Nodes have the parents, tokens and scores that they have where all the beam is grown."""
+def test_drafting_that_pays_a_little_is_seldom_given_up():
+    """Of 40 answers of 400 rounds, of one to four tokens, 1.15 times as fast as plain decoding."""
+    numbers, given_up = random.Random(0), 0
+    for _ in range(40):
+        planner = Planner(flat(draft=0.2, slope=0.05), 1, 60)  # a round takes 2 s, brings 2.3
+        for _ in range(400):
+            accepted = numbers.choices([0, 1, 2, 3], [30, 30, 20, 20])[0]
+            planner.learn([[-0.7] * 4], [[1, 2, 3, 4]], [accepted], 3, 4)
+            if not planner.pays():
+                given_up += 1
+                break
+    assert planner.costs.draft * 4 + planner.costs.of_target(5) == pytest.approx(2)
+    assert given_up <= 2
+
+
+def test_a_narrowed_tree_is_a_part_of_the_whole_one(monkeypatch):
+    """Its nodes have the parents, tokens and scores that they have where all the beam is grown."""
     target = tiny_target()
     head = tiny_head(target)
-    ids, features = torch.randint(8, 97, (1, 9)), torch.randn(1, 8, 96, dtype=torch.float64)
+    numbers = torch.Generator().manual_seed(0)
+    ids = torch.randint(8, 97, (2, 9), generator=numbers)
+    features = torch.randn(2, 8, 96, generator=numbers, dtype=torch.float64)
 
     def grown(wide):
         monkeypatch.setattr(Planner, "wide", lambda self, depth, beam: wide[depth])
         monkeypatch.setattr(Planner, "nodes", lambda self, scores, depths: scores.shape[1])
-        drafter = Drafter(head, Auto(width=4, depth=4), planner=Planner(flat(), 1, 63))
+        drafter = Drafter(head, Auto(width=4, depth=4), planner=Planner(flat(), 2, 63))
         with torch.no_grad():
-            drafter.prefill(features, ids, torch.tensor([8]))
-            tree, _ = drafter.grow(torch.tensor([9]))
-        tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
-        paths = {}
-        for n in range(1, len(tokens)):
-            paths[n] = (*paths.get(parents[n], ()), tokens[n])
-        return {path: float(tree.scores[0, n]) for n, path in paths.items()}
+            drafter.prefill(features, ids, torch.tensor([8, 6]))
+            tree, _ = drafter.grow(torch.tensor([9, 10]))
+        found = {}
+        for row in range(2):
+            paths = {0: (row,)}
+            for n in range(1, tree.tokens.shape[1]):
+                paths[n] = (*paths[int(tree.parents[row, n])], int(tree.tokens[row, n]))
+                found[paths[n]] = float(tree.scores[row, n])
+        return found
 
     whole, narrowed = grown([0, 4, 4, 4]), grown([0, 3, 2, 1])
-    assert len(narrowed) == 4 * (1 + 3 + 2 + 1)
-    assert max(map(len, narrowed)) == 4
-    alike = set(whole) & set(narrowed)
-    assert len(alike) > 12
-    for path in alike:
-        assert whole[path] == pytest.approx(narrowed[path], abs=1e-6)
+    assert len(narrowed) == 2 * 4 * (1 + 3 + 2 + 1)
+    assert max(map(len, narrowed)) == 5
+    assert set(narrowed) <= set(whole)
+    for path, score in narrowed.items():
+        assert whole[path] == pytest.approx(score, abs=1e-6)
 
 
 def test_probabilities_are_corrected_by_what_was_accepted():

@@ -175,7 +175,7 @@ def test_a_walk_ends_where_a_match_at_all_nodes_ends():
         parents[:, node] = torch.randint(0, node, (b,), generator=numbers)
     for node in range(1, n):
         depths[:, node] = depths.gather(1, parents[:, node : node + 1])[:, 0] + 1
-    tokens = torch.arange(n).expand(b, -1) % 4 + 4 * (parents % 2)  # siblings may be alike
+    tokens = torch.arange(n).expand(b, -1) % 4 + 4 * (parents % 2)  # twins get other tokens below
     later = torch.arange(n)[:, None] > torch.arange(n)
     twin = (tokens[:, :, None] == tokens[:, None]) & (parents[:, :, None] == parents[:, None])
     tokens = torch.where((twin & later).any(2), 7 + torch.arange(n), tokens)
