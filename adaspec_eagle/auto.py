@@ -190,7 +190,7 @@ class Planner:
     tokens: float = 0.0  # emitted and seconds modelled in the rounds so far, the last weigh most
     seconds: float = 0.0
     rounds: int = 0
-    made: float = 0.0  # tokens and modelled seconds of all rounds alike
+    made: float = 0.0  # tokens and modelled seconds since the start, all rounds weighing alike
     spent: float = 0.0
     promised: list[float] = field(default_factory=list)  # by depth: what the head said would pass
     kept: list[float] = field(default_factory=list)  # by depth: what passed
