@@ -181,11 +181,7 @@ class Sampler:
             alone = len(live) == 1  # then a view will do
             raw = logits[live[0], nodes[0]][None] if alone else logits[live, nodes]  # [A, V]
             drafted = [[tokens[place][n] for n in paths[place][1:]] for place in live]  # [A][d]
-            drawn = (
-                None
-                if drafts is None or d == depth
-                else (tree.tokens[live, d + 1], drafts[d][live])
-            )
+            drawn = (tree.tokens[live, d + 1], drafts[d][live]) if drafts and d < depth else None
             chosen, best = self._target_tokens(live, raw, drafted, drawn)
             ahead = []
             for place, token, top in zip(live, chosen.tolist(), best.tolist(), strict=True):
@@ -214,8 +210,9 @@ class Sampler:
         best, tokens = logits.max(-1)  # a NaN is its row's greatest
         if self.plain:
             return tokens, best
-        if not bool(best.isfinite().all()):
-            logits = logits.masked_fill(~best.isfinite()[:, None], 0.0)
+        finite = best.isfinite()
+        if not bool(finite.all()):
+            logits = logits.masked_fill(~finite[:, None], 0.0)
         scores, ahead = self._process(places, logits, drafted), len(drafted[0])
         if drawn:
             return self._ratio_test(places, scores, *drawn, ahead), best

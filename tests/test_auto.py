@@ -56,7 +56,7 @@ def test_levels_are_drafted_while_they_pay():
 
 
 def test_only_nodes_that_are_worth_verifying_have_children():
-    """Of the row that has most of them; where a level pays for all together, one at least."""
+    """By what a rank brings in all rows; one at least where a level pays for all of them."""
     planner = Planner(flat(draft=0.01, slope=0.1), 1, 60)
     planner.tokens, planner.seconds = 2.0, 1.0  # 2 tokens/s: a node must bring 0.2 tokens
     chances = torch.tensor([[0.5, 0.3, 0.15, 0.04]])
