@@ -18,6 +18,7 @@ from adaspec_eagle.data import (
     Record,
     append_jsonl,
     ending,
+    given_answer,
     given_record,
     mend_jsonl,
     prompt_messages,
@@ -92,14 +93,21 @@ def answer_prompts(
 def give_answers(
     target: Target, prompts: list[Prompt], out: Path, settings: Settings, say: Say
 ) -> Tally:
-    """Write the answers that the prompts' file gives, in the target's tokens."""
+    """Write the answers that the prompts' file gives, in the target's tokens.
+
+    Prompts without one, which published sets have, are left out and counted.
+    """
     tally, done = start(target, out, None, say)
-    asks = _not_done(target, prompts, settings, tally, done, say)
+    answered = [p for p in prompts if (given_answer(p["messages"]) or "").strip()]
+    if len(answered) < len(prompts):
+        tally.dropped["no answer given"] = len(prompts) - len(answered)
+    asks = _not_done(target, answered, settings, tally, done, say)
     size, end = CHUNK * settings.batch_size, ending(target) if asks else []
     for begin in range(0, len(asks), size):
+        if _enough(tally, settings):
+            break
         records = [given_record(ask.prompt, target, end) for ask in asks[begin : begin + size]]
-        if not _enough(tally, settings):
-            _add(tally, out, records, target)
+        _add(tally, out, records, target)
     return tally
 
 
@@ -142,11 +150,7 @@ class Journal:
         self.seen: set[str] = set()  # normalised texts
         self.dropped: Counter = Counter()
         self.number = self.kept = 0
-        self.owner = {
-            "fingerprint": target.fingerprint,
-            "seed": settings.seed,
-            "rows": settings.batch_size,
-        }
+        self.owner = {"fingerprint": target.fingerprint, "seed": settings.seed}
 
     @classmethod
     def open(cls, target: Target, out: Path, settings: Settings) -> "Journal":
@@ -156,8 +160,8 @@ class Journal:
         for item in read_jsonl(path) if mend_jsonl(path) else []:
             if {key: item.get(key) for key in journal.owner} != journal.owner:
                 raise UserError(
-                    f"{path} was made with another target, --seed or --batch-size; choose another"
-                    " --out or repeat the earlier ones"
+                    f"{path} was made with another target or --seed; choose another --out or repeat"
+                    " the earlier ones"
                 )
             batch = SelfBatch(item["number"], item["kept"], item["dropped"], item["tokens"])
             journal.prompts += batch.kept
@@ -168,9 +172,9 @@ class Journal:
     def add(self) -> SelfBatch:
         """Sample the next batch and write it down."""
         rows, seed = self.settings.batch_size, self.settings.seed
-        with explain_out_of_memory(f"run again with --batch-size {rows // 2} and another --out"):
+        with explain_out_of_memory(fewer_rows(rows)):
             batch = write_prompts(self.target, self.number, self.seen, seed=seed, rows=rows)
-        append_jsonl(self.path, [{**self.owner, **asdict(batch)}])
+        append_jsonl(self.path, [{**self.owner, "rows": rows, **asdict(batch)}])
         self._count(batch)
         return batch
 
@@ -250,12 +254,19 @@ def _answer_all(
         if _enough(tally, settings):
             return
         began = time.perf_counter()
-        way_out = f"run again with --batch-size {len(batch) // 2}; nothing that was written is lost"
-        with explain_out_of_memory(way_out):
+        with explain_out_of_memory(fewer_rows(len(batch))):
             records = answer(target, batch, settings)
         _add(tally, out, records, target)
         tally.seconds += time.perf_counter() - began
         show("")
+
+
+def fewer_rows(rows: int) -> str:
+    """What to do where memory does not hold so many rows."""
+    return (
+        f"answer with scripts/make_data.py --batch-size {max(1, rows // 2)}; nothing that was "
+        "written is lost"
+    )
 
 
 def _add(tally: Tally, out: Path, records: list[Record], target: Target) -> None:

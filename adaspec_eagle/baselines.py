@@ -30,7 +30,7 @@ DEFINITIONS = {
     "`lacks`: why an arm was not measured",
     "lossless": "every answer that differs from generate's is the target's own by the rule of "
     "eval/lossless.py for the dtype; `gap`: the largest logit minus that of the emitted token, the "
-    "greatest over all tokens of those answers (float32, float64: at first differences)",
+    "greatest over all tokens of those answers",
 }
 
 
@@ -107,6 +107,10 @@ def parse_asks(words: Sequence[str]) -> list[Ask]:
             parse_shape(tree)
         if name not in (*METHODS, "all") or (name == "all" and word != "all"):
             raise UserError(f"unknown baseline {word!r}; there are all, {', '.join(METHODS)}")
+        if (tree and name != "all" and METHODS[name].head is None) or (what and name == "lookup"):
+            raise UserError(
+                f"baseline {word!r}: transformers' own decoding takes no tree, and lookup no model"
+            )
         for one in METHODS if name == "all" else [name]:
             if name != "all" or one not in asked:
                 asked[one] = Ask(one, what or None, tree or None)

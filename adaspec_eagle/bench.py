@@ -231,7 +231,7 @@ def _fits(config: Path, target: Target) -> bool:
 def read_source(name: str, target: Target, limit: int | None, max_new_tokens: int) -> Source:
     """Prompts of a file, or of a task by its name, as token ids; too long ones are refused."""
     path = Path(name)
-    if path.exists():
+    if path.is_file():
         records, digest = read_prompts(path, limit), sha256(path)
     elif path.suffix or len(path.parts) > 1:
         raise UserError(f"prompt file {name} does not exist")

@@ -110,17 +110,20 @@ def _row(prompt: dict[str, Any]) -> list[float]:
 
 
 def metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """METRICS from summed counts `[..., C]`: `[...]` each."""
+    """METRICS from summed counts `[..., C]`: `[...]` each.
+
+    Where there is nothing to count, as in answers shorter than the chains, they are what
+    `AcceptanceStats` and `Forced` say of it: 0, and 1 for the two lengths.
+    """
     columns = np.moveaxis(np.asarray(sums, dtype=float), -1, 0)
     accepted, judged, accepted_t1, judged_t1, tokens, rounds, shared, places, run, indices = columns
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return {
-            "greedy_alpha": accepted / judged,
-            "alpha_t1": accepted_t1 / judged_t1,
-            "overlap": shared / places,
-            "tau_sim": 1 + run / indices,
-            "tau": tokens / rounds,
-        }
+    return {
+        "greedy_alpha": accepted / np.maximum(judged, 1),
+        "alpha_t1": accepted_t1 / np.maximum(judged_t1, 1),
+        "overlap": shared / np.maximum(places, 1),
+        "tau_sim": 1 + run / np.maximum(indices, 1),
+        "tau": np.where(rounds > 0, tokens / np.maximum(rounds, 1), 1.0),
+    }
 
 
 def draws(counts: np.ndarray, resamples: int = DRAWS) -> np.ndarray:
@@ -147,7 +150,7 @@ def arm_figures(arm: Arm) -> dict[str, Any]:
     return {
         name: {
             "value": float(points[name]),
-            "ci95": interval(spread[name][np.isfinite(spread[name])]),
+            "ci95": interval(spread[name]),
             "by_seed": by_seed[name].tolist(),
         }
         for name in METRICS
@@ -169,7 +172,6 @@ def difference(arm: Arm, baseline: Arm) -> dict[str, dict[str, Any]] | None:
     found = {}
     for name in METRICS:
         drawn = spread[0][name] - spread[1][name]
-        drawn = drawn[np.isfinite(drawn)]
         tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
         of_draws = min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
         of_seeds = t_test(by_seed[0][name] - by_seed[1][name])

@@ -6,7 +6,6 @@ in acceptance alone, which every cell measures on more prompts than could be tim
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from adaspec_eagle.bench import Bench, HeadChoice, draft_shapes
 from adaspec_eagle.callbacks import say
@@ -28,38 +27,34 @@ def measure_speed(
     on the machine, this wants to be run alone: other processes make its times worthless.
     """
     for task in tasks:
-        for arm in first_of_each_head(plan):
-            folder = head_folder(Cell(task, arm, 0), work, settings)
-            path = out / "speed" / settings.budget / task / f"{arm}.json"
+        for kind, cell in heads_there(plan, task, settings, work).items():
+            path = out / "speed" / settings.budget / task / f"{cell.arm}.json"
             with taken(out / "speed.lock", wait=True):  # workers of one machine, one by one
-                if path.exists() or not (folder / "train.json").exists():
+                if path.exists():
                     continue
+                folder = head_folder(cell, work, settings)
                 source = prompts_of(task, settings, target)
                 head, choice = load_head(folder, target), HeadChoice(folder, "seed 0 of the grid")
                 bench = Bench(target, head, choice, [source], settings.max_new_tokens, batch_size=1)
                 arms = build_arms(bench, draft_shapes([], None))
-                say(f"{task}: speed of {arm}")
-                figures = summarize(run_arms(bench, arms, "decoding"), arms, seed=0)
-                write_json(path, _record(task, arm, plan, figures, source.describe()))
+                say(f"{task}: speed of {cell.arm}")
+                made = {
+                    "kind": "compare_speed",
+                    "task": task,
+                    "arm": cell.arm,
+                    "head": kind,
+                    "arms": summarize(run_arms(bench, arms, "decoding"), arms, seed=0),
+                    "prompts": source.describe(),
+                    "environment": environment(),
+                }
+                write_json(path, made)
 
 
-def first_of_each_head(plan: Plan) -> list[str]:
-    """The first arm of every kind of head."""
-    found: dict[str, str] = {}
+def heads_there(plan: Plan, task: str, settings: GridSettings, work: Path) -> dict[str, Cell]:
+    """By kind of head the first arm of the plan whose head of seed 0 lies under WORK."""
+    found: dict[str, Cell] = {}
     for name, arm in plan.arms.items():
-        found.setdefault(config_of(arm, {}).head, name)
-    return list(found.values())
-
-
-def _record(
-    task: str, arm: str, plan: Plan, figures: dict[str, Any], prompts: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "kind": "compare_speed",
-        "task": task,
-        "arm": arm,
-        "head": config_of(plan.arms[arm], {}).head,
-        "arms": figures,
-        "prompts": prompts,
-        "environment": environment(),
-    }
+        cell = Cell(task, name, 0)
+        if (head_folder(cell, work, settings) / "train.json").exists():
+            found.setdefault(config_of(arm, {}).head, cell)
+    return found

@@ -213,7 +213,7 @@ class OnPolicy(TrainerCallback):
 
     def _rows(self, found: dict[int, list[int]]) -> dict[int, Tensor]:
         """The target's rows of these answers, if those of the others are kept."""
-        if self.answers.table is None:
+        if self.answers.table is None or not found:
             return {}
         ids = [[*self.answers.records[i].prompt_ids, *answer] for i, answer in found.items()]
         *_, (_, table) = make_table(self.target, ids, self.head.config.feature_layers)

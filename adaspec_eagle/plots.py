@@ -87,12 +87,12 @@ def drawings(view: Figures) -> list[Drawing]:
                 "acceptance", "Acceptance by depth", "Share of rounds in which the draft token "
                 "at depth d was accepted, with 95 % intervals. One plus the sum of a line is the "
                 "acceptance length tau, but for what is cut off at an answer's end.",
-                lambda axes: draw_acceptance(axes, drafting),
+                lambda axes: draw_acceptance(axes, drafting, arms),
             ),
             Drawing(
                 "histogram", "Accepted lengths", "Share of rounds that accepted so many draft "
                 "tokens; the target's own token comes on top.",
-                lambda axes: draw_histogram(axes, drafting),
+                lambda axes: draw_histogram(axes, drafting, arms),
             ),
         ]  # fmt: skip
     if costs:
@@ -309,10 +309,10 @@ def draw_round(axes: Any, arms: Figures) -> None:
                 borderaxespad=0.2, handlelength=1)  # fmt: skip
 
 
-def draw_acceptance(axes: Any, arms: Figures) -> None:
-    """A line for each drafting arm."""
+def draw_acceptance(axes: Any, arms: Figures, palette: Figures) -> None:
+    """A line for each drafting arm, in its colour among all arms, the palette."""
     for key, arm in arms.items():
-        shares, color = arm["acceptance_by_depth"], arm_color(key, arms)
+        shares, color = arm["acceptance_by_depth"], arm_color(key, palette)
         depths = range(1, len(shares) + 1)
         bounds = list(zip(*arm["acceptance_by_depth_ci95"], strict=True))
         axes.fill_between(depths, *bounds, color=color, alpha=0.16, linewidth=0)
@@ -326,14 +326,14 @@ def draw_acceptance(axes: Any, arms: Figures) -> None:
     axes.legend()
 
 
-def draw_histogram(axes: Any, arms: Figures) -> None:
-    """Bars side by side, one a drafting arm and length."""
+def draw_histogram(axes: Any, arms: Figures, palette: Figures) -> None:
+    """Bars side by side, one a drafting arm and length; palette: all arms."""
     width = 0.8 / len(arms)
     for place, (key, arm) in enumerate(arms.items()):
         total = sum(arm["histogram"])
         shares = [count / total for count in arm["histogram"]]
         spots = [length + width * (place - (len(arms) - 1) / 2) for length in range(len(shares))]
-        axes.bar(spots, shares, width=0.92 * width, color=arm_color(key, arms),
+        axes.bar(spots, shares, width=0.92 * width, color=arm_color(key, palette),
                  label=arm_label(key, arm))  # fmt: skip
     axes.set_xticks(range(max(len(arm["histogram"]) for arm in arms.values())))
     axes.grid(axis="x", visible=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 from shlex import join
 from typing import Any
 
+from adaspec_eagle.callbacks import say
 from adaspec_eagle.compare_tables import UNEQUAL, contrast_text, task_rows, tex
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.plots import (
@@ -95,14 +96,28 @@ def write_report(folders: Sequence[Path], figures: Path | None = None) -> str:
 
     A folder holds a result.json, a comparison's summaries or cells, or a head's train.json
     (itself, or in `head` and `reference`).
-    Raises UserError for a folder with none of them, and for a record that is damaged.
+    Of several, those with none of them are named and left out. Raises UserError where no folder has
+    one, for a folder that is not there, and for a record that is damaged.
     """
     page = Page()
     for folder in folders:
-        found = [p for p in result_files(folder) if p.is_file()]
-        cells = sorted((folder / "cells").rglob("*.json"))
-        if not found and not cells:
-            raise UserError(f"{folder} has no result.json and no head with a train.json")
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}")
+    held = [
+        (
+            folder,
+            [path for path in result_files(folder) if path.is_file()],
+            sorted((folder / "cells").rglob("*.json")),
+        )
+        for folder in folders
+    ]
+    empty = [str(folder) for folder, found, cells in held if not found and not cells]
+    if empty:
+        what = f"{', '.join(empty)}: no result.json and no head with a train.json"
+        if len(empty) == len(folders):
+            raise UserError(what)
+        say(f"left out, {what}")
+    for folder, found, cells in held:
         for path in found:
             try:
                 add_file(page, path)

@@ -221,7 +221,10 @@ def find_selection(name: str) -> Selection:
 
 
 def chosen_weights(name: str, stats: TokenStats) -> Tensor:
-    """The weights `[S, M]` that a selection gives; UserError if a user's own gives none."""
+    """The weights `[S, M]` that a selection gives; UserError if a user's own gives none.
+
+    What a user's own gives to tokens outside the mask does not count.
+    """
     made = find_selection(name)(stats)
     if name in SELECTIONS:
         return made
@@ -231,7 +234,7 @@ def chosen_weights(name: str, stats: TokenStats) -> Tensor:
         raise UserError(f"--select {name} gave {got}, not a tensor of weights {wanted}")
     if not bool((made.isfinite() & (made >= 0)).all()):
         raise UserError(f"--select {name} gave weights that are negative or not finite")
-    return made
+    return made * stats.mask
 
 
 def needs(name: str) -> tuple[str, ...]:

@@ -150,6 +150,11 @@ class TrainConfig:
             raise UserError(
                 "--train-output and --start are for fresh heads; --init goes on with one as it is"
             )
+        if self.reference and "reference" not in needs(self.selection):
+            raise UserError(
+                f"--reference {self.reference}: --select {self.selection} reads no reference head; "
+                "leave it out, or begin with that head by --init"
+            )
         if self.fresh_vocab and not self.init:
             raise UserError("--fresh-vocab is for --init; a fresh head's is counted anyway")
 
@@ -420,8 +425,8 @@ def _prepare(
         if config.features is None:
             width = row_width(target, layers)
             config.features = agreed(choose_mode(lengths, width, target.dtype, out))
-            if config.features == "disk" and zero_stage() == 3:
-                config.features = "recompute"  # one process alone would write them
+            if config.features == "disk" and (config.on_policy or zero_stage() == 3):
+                config.features = "recompute"  # of no use; one process alone would write them
         made.facts["features"] = config.features
         _pin(config, out, made)
         if config.features != "recompute":
@@ -502,6 +507,8 @@ def _self_written(config: TrainConfig, target: Target, out: Path) -> Path:
     for item in read_jsonl(cached):
         if tokens >= config.tokens:
             break
+        if len(item["prompt_ids"]) >= config.max_length:  # leaves no token to learn
+            continue
         share.append(json.dumps(item, ensure_ascii=False) + "\n")
         tokens += len(item["answer_ids"])
     return write_text(out / "data.jsonl", "".join(share))
@@ -544,7 +551,7 @@ def _stage(
     if trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of {name}; "
-            f"go on with --out {job.out} --resume"
+            f"go on with train_head.py --out {job.out} --resume, or with the grid's own command"
         )
     notes = {
         "config": asdict(job.config),

@@ -141,14 +141,16 @@ def unfit(record: dict[str, Any]) -> str | None:
 
 
 def affordable(record: dict[str, Any], seconds: float) -> int:
-    """The most prompts of each file that took no longer than that, at least one."""
+    """The most prompts of each file that took no longer than that, at least a batch of them."""
     most = max(source["prompts"] for source in record["prompts"])
+    batch = max(len(unit["ids"]) for unit in record["per_prompt"])
+    whole = [*range(batch, most, batch), most]  # a batch is measured as one
 
     def took(limit: int) -> float:
         runs = [run for unit in chosen_units(record, limit) for run in unit["arms"].values()]
         return sum(sum(run["seconds"].values()) for run in runs)
 
-    return max((n for n in range(1, most + 1) if took(n) <= seconds), default=1)
+    return max((n for n in whole if took(n) <= seconds), default=whole[0])
 
 
 def chosen_units(record: dict[str, Any], limit: int) -> list[dict[str, Any]]:

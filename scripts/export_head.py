@@ -45,8 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run and not args.push:
         raise UserError("--dry-run says what --push REPO would upload: give that, too")
     if args.source:
-        if args.push:
-            raise UserError("--push goes with --to: a head from elsewhere is not published here")
+        if args.push or args.result or args.target_licence:
+            raise UserError(
+                "--push, --result and --target-licence go with --to: a head from elsewhere gets no "
+                "card and is not published here"
+            )
         print(f"head: {import_head(args.head, args.source, args.out, args.target)}")
         return 0
     if args.push:

@@ -79,7 +79,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def prompts_of(source: str, limit: int | None) -> list[Prompt]:
     """Prompts of a file, or of a hub set's training part by its task name."""
-    if source in HUB_SETS and not Path(source).exists():
+    if source in HUB_SETS and not Path(source).is_file():
         return task_prompts(source, limit, split="train")
     if not Path(source).exists() and not Path(source).suffix:
         raise UserError(

@@ -184,7 +184,7 @@ def test_baselines_are_asked_for_by_name_with_what_they_need():
     asked = parse_asks(["eagle2=runs/a,medusa=b@auto", "lookup"])
     assert asked == [Ask("lookup"), Ask("medusa", "b", "auto"), Ask("eagle2", "runs/a")]
     assert parse_asks(["medusa=b", "all"])[2] == Ask("medusa", "b")
-    for wrong in ("eagle4", "all=x", "medusa=b@bush"):
+    for wrong in ("eagle4", "all=x", "medusa=b@bush", "lookup=a", "lookup@auto", "assisted=a@auto"):
         with pytest.raises(UserError):
             parse_asks([wrong])
 

@@ -13,6 +13,7 @@ import torch
 
 from adaspec_eagle import grid
 from adaspec_eagle.contrasts import (
+    METRICS,
     Arm,
     _row,
     compare,
@@ -26,13 +27,16 @@ from adaspec_eagle.contrasts import (
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.grid import (
     Cell,
+    GridSettings,
     Plan,
     cells_of,
     config_of,
+    head_folder,
     read_plan,
     run_cell,
     run_grid,
 )
+from adaspec_eagle.grid_speed import heads_there
 from adaspec_eagle.paths import taken
 from adaspec_eagle.record import sha256, write_json
 from adaspec_eagle.stats import AcceptanceStats
@@ -203,6 +207,17 @@ def test_metrics_are_those_of_their_definitions():
     assert found["tau_sim"] == pytest.approx(1.9)
 
 
+def test_answers_too_short_for_the_chains_have_figures():
+    """Yes or no: no index has all steps behind it, no draft is judged."""
+    short = counts(0, 0.5)
+    short[..., -2:] = 0
+    short[0] = 0
+    found = compare({"task": {"a": arm(short), "base": arm(counts(1, 0.5))}}, ("a", "base"))["task"]
+    assert found["a"]["tau_sim"]["value"] == 1
+    assert found["a"]["tau_sim"]["ci95"] == [1, 1]
+    assert [found["a"][name]["by_seed"][0] for name in METRICS] == [0, 0, 0, 1, 1]
+
+
 def test_draws_are_paired_and_of_the_right_size():
     one = counts(0, 0.5)
     assert np.array_equal(draws(one), draws(one))
@@ -277,6 +292,15 @@ def test_a_difference_uses_the_seeds_that_both_have():
 def test_holm_is_step_down_and_monotone():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def test_the_first_head_that_is_there_is_timed(plan, tmp_path):
+    settings = GridSettings("t", "", "", "1", 6, 4, 8, 3)
+    for arm in ("ema", "equal"):
+        folder = head_folder(Cell("words", arm, 0), tmp_path, settings)
+        folder.mkdir(parents=True)
+        (folder / "train.json").touch()
+    assert heads_there(plan, "words", settings, tmp_path) == {"eagle3": Cell("words", "equal", 0)}
 
 
 # ---- the whole -----------------------------------------------------------------------------------

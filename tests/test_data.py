@@ -359,8 +359,10 @@ def test_a_killed_self_run_goes_on_with_the_same_prompts(tmp_path, monkeypatch, 
     assert set(ids) <= set(written)
     assert 100 <= tally.tokens == sum(len(r.answer_ids) for r in records)
     assert written == [f"s{n}-{row}" for n in range(len(written) // 2) for row in range(2)]
-    with pytest.raises(UserError, match="another target, --seed"):
+    with pytest.raises(UserError, match="another target or --seed"):
         answer_self(target, tmp_path / "a.jsonl", replace(settings, seed=5), silent)
+    fewer = replace(settings, batch_size=1, tokens=tally.tokens + 1)  # as one out of memory is told
+    assert answer_self(target, tmp_path / "a.jsonl", fewer, silent).records > tally.records
 
 
 @pytest.mark.parametrize(
@@ -465,6 +467,18 @@ def test_given_answers_become_tokens_with_an_end(tmp_path):
     assert record.task == "g"
     assert record.prompt_ids == target.chat_ids(user("w1 w2"))
     assert target.tokenizer.decode(record.answer_ids) == "w3 w4 </s>"
+
+
+def test_given_answers_that_are_empty_are_left_out_and_counted(tmp_path):
+    said = " ".join(f"w{i}" for i in range(9))
+    full = [prompt(i) for i in range(3)]
+    full = [p | {"messages": [*p["messages"], {"role": "assistant", "content": said}]} for p in full]
+    empty = prompt(3) | {"messages": [*user("w1"), {"role": "assistant", "content": " "}]}
+    given = [empty, *full, prompt(4)]
+    tally = give_answers(tiny_target(), given, tmp_path / "a.jsonl", SETTINGS, silent)
+    assert (tally.records, dict(tally.dropped)) == (3, {"no answer given": 2})
+    with pytest.raises(UserError, match=r"no prompts to answer \(no answer given: 1\)"):
+        give_answers(tiny_target(), [empty], tmp_path / "b.jsonl", SETTINGS, silent)
 
 
 def test_training_records_are_cut_and_keep_a_token_to_learn(tmp_path):

@@ -91,6 +91,7 @@ def test_the_script_exports_and_imports(here, tmp_path, capsys):
     assert export("--head", str(out), "--to", "vllm", "--out", str(back)) == 2
     assert "import it first (--from sglang)" in capsys.readouterr().err
     command = ["--head", str(out), "--from", "sglang", "--out", str(back)]
+    assert run_main(script("export_head"), [*command, "--target-licence", "mit"]) == 2
     assert run_main(script("export_head"), command) == 0
     one, two = (load_file(folder / "model.safetensors") for folder in (here / "head", back))
     assert one.keys() == two.keys()

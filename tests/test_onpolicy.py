@@ -143,6 +143,11 @@ def test_what_is_rewritten_is_trained_on(config, whole, tmp_path):
         torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-3)
 
 
+def test_a_share_that_is_no_whole_answer_rewrites_none(config, tmp_path):
+    run_training(TrainConfig(**config | {"on_policy": 0.001, "epochs": 2}), tmp_path)
+    assert (tmp_path / "on-policy" / "head" / "epoch-1.jsonl").read_text() == ""
+
+
 def test_adaspec_and_a_draft_lm_rewrite_too(config, tmp_path):
     changes = {"method": "adaspec", "head": "lm:layers=2", "epochs": 2, "evaluations": 1}
     run_training(TrainConfig(**config | changes), tmp_path)

@@ -370,6 +370,15 @@ def test_curves_of_more_steps_than_colours_are_all_there_in_order():
     assert [line.get_ydata()[0] for line in drawn] == [n / 20 for n in range(12)]
 
 
+def test_records_of_batches_are_measured_again_by_whole_batches():
+    """Five prompts in batches of two, a second each."""
+    arms = {"tree": {"seconds": {"draft": 1.0}}}
+    units = [{"file": "a", "ids": ids, "arms": arms} for ids in ("ab", "cd", "e")]
+    record = {"prompts": [{"prompts": 5}], "per_prompt": units}
+    affordable = script("reproduce").affordable
+    assert [affordable(record, seconds) for seconds in (0.1, 1, 2.5, 9)] == [2, 2, 4, 5]
+
+
 def test_a_compiled_record_is_measured_again_compiled(here, recorded, monkeypatch, capsys):
     seen = []
 
@@ -428,9 +437,13 @@ def test_latex_rows_hold_the_figures(page, measured):
     assert f"{tree['tau']:.2f}" in page.split(r"\toprule")[1]
 
 
-def test_a_folder_without_results_is_named(tmp_path):
+def test_a_folder_without_results_is_named(work, measured, tmp_path, capsys):
     with pytest.raises(UserError, match="no result.json"):
         write_report([tmp_path])
+    with pytest.raises(UserError, match="no folder .*gone"):
+        write_report([work / "out", tmp_path / "gone"])
+    assert "<svg id=" in write_report([work / "out", tmp_path])
+    assert f"left out, {tmp_path}: no result.json" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -351,6 +351,7 @@ def test_defaults_of_the_script_are_those_of_the_config():
         ({"epochs": float("inf")}, "--epochs inf"),
         ({"decay": -0.5}, "--decay -0.5"),
         ({"init": "runs/x/head", "train_output": True}, "--init goes on"),
+        ({"reference": "runs/x", "method": "distillspec"}, "none reads no reference head"),
         ({"reference_epochs": 0}, "above 0"),
         ({"batch_size": 0}, "--batch-size 0"),
         ({"unroll": 0}, "--unroll 0"),
