@@ -471,8 +471,8 @@ def test_given_answers_become_tokens_with_an_end(tmp_path):
 
 def test_given_answers_that_are_empty_are_left_out_and_counted(tmp_path):
     said = " ".join(f"w{i}" for i in range(9))
-    full = [prompt(i) for i in range(3)]
-    full = [p | {"messages": [*p["messages"], {"role": "assistant", "content": said}]} for p in full]
+    says = {"role": "assistant", "content": said}
+    full = [p | {"messages": [*p["messages"], says]} for p in map(prompt, range(3))]
     empty = prompt(3) | {"messages": [*user("w1"), {"role": "assistant", "content": " "}]}
     given = [empty, *full, prompt(4)]
     tally = give_answers(tiny_target(), given, tmp_path / "a.jsonl", SETTINGS, silent)
