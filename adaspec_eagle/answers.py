@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from adaspec_eagle.apart import normalise
-from adaspec_eagle.asks import CHUNK, Ask, Say, Settings, Tally, batches, padded, tokenise
+from adaspec_eagle.asks import CHUNK, Ask, Say, Settings, Tally, batches, tokenise
 from adaspec_eagle.data import (
     Prompt,
     Record,
@@ -29,7 +29,7 @@ from adaspec_eagle.errors import UserError, explain_out_of_memory
 from adaspec_eagle.estimate import estimate, estimate_self, progress, usual_answer
 from adaspec_eagle.generate import generate
 from adaspec_eagle.selfdata import SelfBatch, write_prompts
-from adaspec_eagle.targets import Target
+from adaspec_eagle.targets import Target, left_padded
 
 SELF_CHUNK = 2  # batches of self-written prompts that are answered together
 BARREN = 8  # batches of self-written prompts in a row that may give none
@@ -43,7 +43,7 @@ def answer(target: Target, asks: list[Ask], settings: Settings) -> list[Record]:
 
     Above it a prompt's random numbers follow from (seed, its id), whatever it is batched with.
     """
-    tokens, mask = padded(target, asks)
+    tokens, mask = left_padded(target, [ask.ids for ask in asks])
     out = generate(
         target,
         None,

@@ -7,12 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-import torch
-
 from adaspec_eagle.apart import Measured
 from adaspec_eagle.data import Prompt, prompt_messages
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.targets import Target, left_padded
+from adaspec_eagle.targets import Target
 
 CHUNK = 8  # batches that are sorted by length together
 MAX_CELLS = 65_536  # rows x (prompt + answer) of one batch: long prompts go in smaller batches
@@ -81,11 +79,6 @@ def tokenise(
         else:
             dropped[f"longer than {limit} tokens"] += 1
     return asks
-
-
-def padded(target: Target, asks: list[Ask]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both `[B, T]`, padded on the left, on the target's device."""
-    return left_padded(target, [ask.ids for ask in asks])
 
 
 def batches(asks: list[Ask], settings: Settings) -> Iterator[list[Ask]]:

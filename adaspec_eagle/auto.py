@@ -124,7 +124,6 @@ def time_draft(head: DraftHead, rows: int, width: int, compiled: bool) -> float:
 
 
 def _chain_mask(cache: TreeCache, rows: int, size: int, dtype: torch.dtype) -> Tensor:
-    assert cache.lengths is not None
     causal = torch.ones(size, size, dtype=torch.bool, device=cache.lengths.device).tril()
     return tree_mask(cache.lengths, cache.start, causal.expand(rows, -1, -1), dtype)
 

@@ -13,14 +13,14 @@ from time import perf_counter
 from typing import Any
 
 from adaspec_eagle.bench import Bench, known_heads
-from adaspec_eagle.draft import Dynamic, Sampled, Shape, Static, parse_shape, static_paths
+from adaspec_eagle.draft import Dynamic, Shape, Static, check_shape, parse_shape, static_paths
 from adaspec_eagle.errors import UserError, first_line
 from adaspec_eagle.foreign import assisted
-from adaspec_eagle.head import DraftHead, load_head
-from adaspec_eagle.measure import Arm, compiled_baseline, decode, left_padded
+from adaspec_eagle.head import load_head
+from adaspec_eagle.measure import Arm, compiled_baseline, decode
 from adaspec_eagle.record import sha256, shown
 from adaspec_eagle.storage import local_folder, read_json, weights_file
-from adaspec_eagle.targets import Target
+from adaspec_eagle.targets import Target, left_padded
 
 COMPILED = "generate-compiled"
 LOOKUP = 10  # tokens that prompt lookup copies, as Spec-Bench asks for; the n-gram is of up to 2
@@ -150,7 +150,7 @@ def add_compiled_generate(bench: Bench, made: Baselines) -> None:
     facts: dict[str, Any] = {"paper": what}
     begin = perf_counter()
     try:
-        arm.decode(*left_padded(bench.units()[0], bench.target))
+        arm.decode(*left_padded(bench.target, [prompt.ids for prompt in bench.units()[0]]))
     except Exception as error:  # whatever a compiler raises: the table shows it
         facts["lacks"] = f"a graph: {type(error).__name__}: {first_line(error)}"
     else:
@@ -179,23 +179,16 @@ def _build(bench: Bench, ask: Ask) -> tuple[Arm, dict[str, Any]]:
     head = load_head(folder, bench.target, bench.allow_other_target)
     if head.config.head != method.head:
         raise UserError(f"{folder} is of kind {head.config.head}")
-    shape = parse_shape(ask.tree) if ask.tree else method.tree
-    _check_shape(shape, head, folder)
+    tree = ask.tree or method.tree
+    assert tree is not None  # those with a head have one
+    shape = parse_shape(tree)
+    if shape.sampled:
+        raise UserError("a baseline is decoded greedily, and a sampled chain is not")
+    check_shape(shape, head, bench.target.context)
     label = ask.tree or _label(shape)
     own = partial(decode, replace(bench, head=head), shape)
     facts = {"folder": shown(folder), "sha256": sha256(weights_file(folder))}
     return Arm(ask.name, label, own), {"head": facts | _objective(folder), "tree": label}
-
-
-def _check_shape(shape: Shape | None, head: DraftHead, folder: Path) -> None:
-    """UserError where a baseline, which is greedy, cannot draft in that shape with that head."""
-    if isinstance(shape, Sampled):
-        raise UserError("a baseline is decoded greedily, and a sampled chain is not")
-    if isinstance(shape, Static) and head.deepest and shape.depth > head.deepest:
-        raise UserError(
-            f"{folder} drafts {head.deepest} tokens deep and the tree is {shape.depth} deep; train "
-            "one that is deeper or name another tree (NAME=DIR@TREE)"
-        )
 
 
 def _objective(folder: Path) -> dict[str, str]:
@@ -205,7 +198,7 @@ def _objective(folder: Path) -> dict[str, str]:
     return {name: str(found[name]) for name in ("loss", "select") if name in found}
 
 
-def _label(shape: Shape | None) -> str:
+def _label(shape: Shape) -> str:
     """A shape in a few characters."""
     if isinstance(shape, Static):
         return f"static of {len(shape.parents) - 1}"

@@ -25,7 +25,7 @@ class TreeCache(Cache):
         self.num_layers = num_layers
         self.capacity = capacity
         self.buffer: Tensor | None = None  # [L, 2, B, H, C, D]
-        self.lengths: Tensor | None = None  # [B]
+        self.lengths: Tensor  # [B], once there is a buffer
         self.start = 0
         self.used = 0  # scratch columns written since the last commit
 
@@ -67,7 +67,6 @@ class TreeCache(Cache):
         it already (saves a read from the device).
         """
         assert self.buffer is not None
-        assert self.lengths is not None
         if len(path) == 1:  # the history ends where the scratch begins: a plain copy forward
             size = path.shape[1]
             moved = self.buffer.index_select(-2, self.start + path[0])
@@ -101,7 +100,6 @@ class TreeCache(Cache):
     def keep(self, rows: Tensor) -> None:
         """Keep the given rows `[B']` only, in that order."""
         assert self.buffer is not None
-        assert self.lengths is not None
         self.buffer = self.buffer.index_select(2, rows)
         self.lengths = self.lengths.index_select(0, rows)
         self.start = int(self.lengths.max())
@@ -119,7 +117,6 @@ class TreeCache(Cache):
         return -1
 
     def _extend(self, length: Tensor, longest: int | None) -> None:
-        assert self.lengths is not None
         self.lengths = self.lengths + length
         self.start = int(self.lengths.max()) if longest is None else longest
         self.used = 0

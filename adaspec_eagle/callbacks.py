@@ -11,7 +11,6 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from adaspec_eagle.errors import UserError
 from adaspec_eagle.processes import any_of, is_main_process
 
 
@@ -19,10 +18,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint: trainer_state.json is what the Trainer writes last."""
     found = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if p.stat().st_size]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-class Interrupted(UserError):
-    """Ctrl-C stopped the training after the step in hand, with a checkpoint."""
 
 
 class StopGently(TrainerCallback):

@@ -85,11 +85,6 @@ def _facts(arm: Arm) -> dict[str, Any]:
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def cell_text(found: dict[str, Any], metric: str) -> str:
-    """`0.512 [0.498, 0.527]`."""
-    return with_interval(found["value"], found["ci95"], DIGITS.get(metric, 3))
-
-
 def difference_text(found: dict[str, Any], metric: str) -> str:
     """`+0.012 [0.003, 0.021] *`, the star where it holds; empty for the baseline."""
     if "difference" not in found:
@@ -108,15 +103,18 @@ def task_rows(arms: Summary) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, arm in arms.items():
         speed = arm["train_tokens_per_s"]
-        row = [name, str(len(arm["seeds"])), str(arm["steps"])]
-        row += [
+        row = [
+            name,
+            str(len(arm["seeds"])),
+            str(arm["steps"]),
             f"{arm['answer_token_passes'] / 1e6:.2f} M",
             f"{arm['head_flops']:.1f}" + " †" * (not arm["equal_compute"]),
+            f"{speed:,.0f}" if speed else "-",
         ]
-        row += [f"{speed:,.0f}" if speed else "-"]
         for metric in METRICS:
             one = arm["metrics"][metric]
-            row += [cell_text(one, metric), difference_text(one, metric)]
+            value = with_interval(one["value"], one["ci95"], DIGITS.get(metric, 3))
+            row += [value, difference_text(one, metric)]
         rows.append(row)
     return header, rows
 

@@ -45,7 +45,10 @@ def decoding_mode(device: torch.device, compiled: bool) -> Iterator[None]:
 def target_call(target: Target, layers: tuple[int, ...], compiled: bool = False) -> Call:
     """(tokens, positions, mask, cache) -> logits `[B, N, V]`, features `[B, N, F H]` or None."""
     if compiled:
-        make = partial(_compiled_target, target, layers)
+
+        def make() -> Call:
+            return static_target(target, _wrapped(target_step(target, layers), target.device))
+
         return _known(target.compiled, target.model, layers, make)
     packed = packing(target.model)
 
@@ -138,7 +141,7 @@ def target_step(target: Target, layers: tuple[int, ...]) -> Step:
         tokens: Tensor, positions: Tensor, mask: Tensor, columns: Tensor, buffer: Tensor
     ) -> tuple[Tensor | None, Any]:
         cache = Columns(buffer, columns, mask.shape[-1])
-        out = target.run(tokens, positions, mask, cache, layers)
+        out = target.forward(tokens, positions, mask, cache, layers)
         return out.logits, out.features
 
     return step
@@ -154,10 +157,6 @@ def static_target(target: Target, fast: Step) -> Call:
             return _padded(fast, (tokens, positions), mask, cache)
 
     return call
-
-
-def _compiled_target(target: Target, layers: tuple[int, ...]) -> Call:
-    return static_target(target, _wrapped(target_step(target, layers), target.device))
 
 
 def _compiled_head(head: DraftHead) -> Call:

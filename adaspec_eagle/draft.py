@@ -260,8 +260,8 @@ class Drafter:
         self.least = torch.full((), LEAST_LOGP, device=head.embed_rows.device)
         self.cache = TreeCache(head.cached_layers, capacity)
         self.plan: Plan | None = None  # of a static shape, made once
-        self.hidden: Tensor | None = None  # [B, H] at the last pair
-        self.logits: Tensor | None = None  # [B, Vd] for the first draft token
+        self.hidden: Tensor  # [B, H] at the last pair, from the prefill on
+        self.logits: Tensor  # [B, Vd] for the first draft token
 
     def prefill(self, features: Tensor, tokens: Tensor, lengths: Tensor) -> None:
         """Take in the prompt, features `[B, T, F H]`, lengths `[B]`, and the token behind it.
@@ -275,7 +275,6 @@ class Drafter:
 
     def advance(self, features: Tensor, tokens: Tensor, length: Tensor, longest: int) -> None:
         """Take in accepted pairs: features `[B, P, F H]`, next tokens `[B, P]`, counts `[B]`."""
-        assert self.cache.lengths is not None
         p = tokens.shape[1]
         steps = torch.arange(p, device=tokens.device)
         causal = (steps[None, :] <= steps[:, None]).expand(tokens.shape[0], p, p)
@@ -295,8 +294,6 @@ class Drafter:
         For a sampled chain (which needs the sampler) also the distributions `[B, V]` its tokens
         were drawn from, one a depth; else an empty list.
         """
-        assert self.hidden is not None
-        assert self.logits is not None
         drafts: list[Tensor] = []
         self.depth = self.shape.depth
         if isinstance(self.shape, Dynamic | Auto):
@@ -314,15 +311,11 @@ class Drafter:
 
     def keep(self, rows: Tensor) -> None:
         """Keep the given rows `[B']` only."""
-        assert self.hidden is not None
-        assert self.logits is not None
         self.cache.keep(rows)
         self.hidden, self.logits = self.hidden[rows], self.logits[rows]
 
     def _grow_static(self, plan: "Plan", scored: bool) -> DraftTree:
         """Level by level; only nodes that have children go through the head."""
-        assert self.hidden is not None
-        assert self.logits is not None
         b, device = self.logits.shape[0], self.logits.device
         tokens = torch.zeros(b, len(plan.depths), dtype=torch.long, device=device)
         scores = torch.zeros(b, len(plan.depths), device=device) if scored else None
@@ -343,8 +336,6 @@ class Drafter:
 
     def _grow_sampled(self, shape: Sampled, sampler: Sampler) -> tuple[DraftTree, list[Tensor]]:
         """Token by token, each drawn from what the head says behind the one before."""
-        assert self.hidden is not None
-        assert self.logits is not None
         b, device = self.logits.shape[0], self.logits.device
         places, ids = list(range(b)), self.head.draft_ids
         tokens = [torch.zeros(b, dtype=torch.long, device=device)]
@@ -373,30 +364,11 @@ class Drafter:
         )
         return tree, drafts
 
-    def learn(
-        self,
-        scores: list[list[float]],
-        depths: list[list[int]],
-        accepted: list[int],
-        running: list[bool],
-        nodes: int,
-    ) -> None:
-        """Tell the planner how many draft tokens each row that runs accepted in this round.
-
-        scores, depths: of each row's candidates, as read from `self.drafted`.
-        """
-        assert self.planner is not None
-        rows = [row for row, goes_on in enumerate(running) if goes_on]
-        scores, depths = [scores[row] for row in rows], [depths[row] for row in rows]
-        self.planner.learn(scores, depths, [accepted[row] for row in rows], self.depth, nodes)
-
     def _grow_dynamic(self, shape: Dynamic | Auto) -> DraftTree:
         """Keep a beam of the most probable paths; rerank all candidates at the end (EAGLE-2).
 
         A planner stops growing where a further level does not pay, and says how many nodes do.
         """
-        assert self.hidden is not None
-        assert self.logits is not None
         b, device = self.logits.shape[0], self.logits.device
         width = min(shape.width, self.logits.shape[-1])
         logp, best = self._top(self.logits[:, None], width)  # [B, 1, W] each
@@ -451,7 +423,6 @@ class Drafter:
 
         The next hidden states `[B, N, H]` and their logits `[B, N, Vd]`.
         """
-        assert self.cache.lengths is not None
         mask = tree_mask(self.cache.lengths, self.cache.start, seen, hidden.dtype)
         positions = (self.cache.lengths[:, None] + ahead).expand_as(tokens)
         return self.call(hidden, tokens, positions, mask, self.cache, step)

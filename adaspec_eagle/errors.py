@@ -1,7 +1,8 @@
-"""Errors that a user can mend, and how a script reports them."""
+"""Errors that a user can mend, how a script reports them, and its command line."""
 
 import errno
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,6 +13,11 @@ NO_MEMORY = ("out of memory", "can't allocate memory")  # CUDA's words and the C
 
 class UserError(Exception):
     """Bad input. The message names the value that is wrong and the way out."""
+
+
+def command_line(doc: str | None) -> ArgumentParser:
+    """A parser without options yet, whose help begins with the script's docstring as it is."""
+    return ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
 
 
 def run_main(main: Callable[..., int], argv: Sequence[str] | None = None) -> int:

@@ -1,24 +1,22 @@
 """Heads out of this package and into it: a folder in another layout, whole, with its card."""
 
-import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors.torch import save_file
 
 from adaspec_eagle.card import model_card, publishable, target_licence
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.formats import OURS, to_layout
 from adaspec_eagle.head import HeadConfig, build_head, check_target, load_head
-from adaspec_eagle.paths import replace_folder
 from adaspec_eagle.published import detect, from_layout, is_ours
 from adaspec_eagle.record import sha256
-from adaspec_eagle.storage import TOKEN_MAP, local_folder, read_json, read_weights, weights_file
+from adaspec_eagle.storage import (
+    local_folder,
+    read_json,
+    read_weights,
+    weights_file,
+    write_head,
+)
 from adaspec_eagle.targets import Target
 
 
@@ -62,13 +60,7 @@ def export_head(
         where or str(out),
         measured,
     )
-    with new_folder(out) as made:
-        save_file(layout.tensors, made / "model.safetensors", metadata={"format": "pt"})
-        (made / "model.safetensors").chmod(0o644)  # safetensors makes it private
-        (made / "config.json").write_text(json.dumps(layout.config, indent=2) + "\n")
-        (made / "README.md").write_text(card)
-        if layout.token_map is not None:
-            torch.save(layout.token_map, made / TOKEN_MAP)
+    write_head(out, layout.config, layout.tensors, card, token_map=layout.token_map)
     return out
 
 
@@ -100,17 +92,6 @@ def check_free(out: Path) -> None:
     """Raise UserError if a folder cannot be made there."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already: name a new folder with --out")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `out` once the block ends without an error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".saving-") as scratch:
-        made = Path(scratch) / "head"
-        made.mkdir()
-        yield made
-        replace_folder(made, out)
 
 
 def read_result(path: Path, folder: Path) -> dict[str, Any]:

@@ -84,15 +84,10 @@ def padded_rows(rows: Tensor | Sequence[Tensor | Future[Tensor]]) -> Tensor:
 
 def choose_mode(lengths: Sequence[int], width: int, dtype: torch.dtype, folder: Path) -> str:
     """Where features fit: a third of the free memory, else half of the free disk, else nowhere."""
-    size = table_bytes(lengths, width, dtype)
+    size = sum(lengths) * width * dtype.itemsize
     if size < psutil.virtual_memory().available / 3 / process_count():
         return "memory"
     return "disk" if size < shutil.disk_usage(folder).free / 2 else "recompute"
-
-
-def table_bytes(lengths: Sequence[int], width: int, dtype: torch.dtype) -> int:
-    """Size of a table in bytes."""
-    return sum(lengths) * width * dtype.itemsize
 
 
 def make_table(

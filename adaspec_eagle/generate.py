@@ -387,10 +387,11 @@ class _Run:
         everyone = gained == counts
         moved = verdict.length if everyone else torch.tensor(gained, device=tokens.device)
         if self.drafter and self.drafter.planner:
-            accepted = [count - 1 for count in counts]
-            scores, depths = self.drafted
-            self.drafter.learn(scores, depths, accepted, running, nodes)
-            if not self.drafter.planner.pays():
+            planner, rows = self.drafter.planner, [b for b, go in enumerate(running) if go]
+            scores, depths = ([part[b] for b in rows] for part in self.drafted)
+            accepted = [counts[b] - 1 for b in rows]
+            planner.learn(scores, depths, accepted, self.drafter.depth, nodes)
+            if not planner.pays():
                 self.drafter = None
         self._commit(verdict.path, tokens, moved, max(counts), features)
         self.last = torch.where(moved > 0, verdict.bonus, self.last)
@@ -444,7 +445,6 @@ class _Run:
     def _verify(self, tree: DraftTree, ancestors: Tensor) -> tuple[Tensor, Tensor]:
         """The target's logits at every node `[B, N, V]`, and the nodes' features."""
         cache = self.cache
-        assert cache.lengths is not None
         mask = tree_mask(cache.lengths, cache.start, ancestors, self.target.dtype)
         # Nodes past the context's end are never emitted: any position that exists will do.
         positions = (cache.lengths[:, None] + tree.depths).clamp(max=self.target.context - 1)

@@ -4,7 +4,6 @@ Legend: B rows, N tokens, H hidden, F number of feature layers, V vocabulary, Vd
 """
 
 import importlib
-import json
 import pkgutil
 import tempfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache, LlamaConfig, PreTrainedConfig
@@ -26,7 +24,6 @@ from adaspec_eagle.attention import GROUPED, Unrolled, register
 from adaspec_eagle.card import model_card, publishable, target_licence
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.packed import Projection
-from adaspec_eagle.paths import replace_folder
 from adaspec_eagle.plugins import module_of
 from adaspec_eagle.published import from_layout, is_ours
 from adaspec_eagle.storage import (
@@ -36,6 +33,7 @@ from adaspec_eagle.storage import (
     read_json,
     read_weights,
     weights_file,
+    write_head,
 )
 from adaspec_eagle.targets import Target
 
@@ -348,20 +346,8 @@ class DraftHead(nn.Module):
 
         All or nothing.
         """
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
-            made = Path(scratch) / "head"
-            made.mkdir()
-            state = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-            save_file(state, made / "model.safetensors", metadata={"format": "pt"})
-            (made / "model.safetensors").chmod(0o644)  # safetensors makes it private
-            (made / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-            if notes is not None:
-                (made / "train.json").write_text(json.dumps(notes, indent=1) + "\n")
-            if card is not None:
-                (made / "README.md").write_text(card)
-            replace_folder(made, folder)
+        state = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        write_head(Path(folder), asdict(self.config), state, card, notes)
 
 
 @torch.no_grad()

@@ -10,13 +10,14 @@ from adaspec_eagle.errors import UserError, first_line
 
 @dataclass(frozen=True)
 class HubSet:
-    """A data set on the hub: where it is, its splits, and how a row becomes prompt and answer."""
+    """A data set on the hub: where it is, how a row becomes prompt and answer, and its splits."""
 
     path: str
     name: str | None
-    splits: dict[str, str]  # "train", "test" -> the hub's split
     prompt: Callable[[dict[str, Any]], str]
     answer: Callable[[dict[str, Any]], str]
+    train: str = "train"
+    test: str = "test"
     revision: str | None = None
 
 
@@ -32,37 +33,29 @@ def _mbpp(row: dict[str, Any]) -> str:
     )
 
 
-_SPLITS = {"train": "train", "test": "test"}
-
-
 HUB_SETS = {
-    "gsm8k": HubSet(
-        "openai/gsm8k", "main", _SPLITS, lambda row: row["question"], lambda row: row["answer"]
-    ),
+    "gsm8k": HubSet("openai/gsm8k", "main", lambda row: row["question"], lambda row: row["answer"]),
     "alpaca": HubSet(  # has one split: the last 1,000 are for measuring
         "tatsu-lab/alpaca",
         None,
-        {"train": "train[:-1000]", "test": "train[-1000:]"},
         _alpaca,
         lambda row: row["output"],
+        train="train[:-1000]",
+        test="train[-1000:]",
     ),
-    "mbpp": HubSet(
-        "google-research-datasets/mbpp", "full", _SPLITS, _mbpp, lambda row: row["code"]
-    ),
+    "mbpp": HubSet("google-research-datasets/mbpp", "full", _mbpp, lambda row: row["code"]),
     "cnndm": HubSet(
         "abisee/cnn_dailymail",
         "3.0.0",
-        _SPLITS,
         lambda row: f"Summarize: {row['article']}",
         lambda row: row["highlights"],
     ),
     "xsum": HubSet(  # its main branch holds a loading script, which `datasets` no longer runs
         "EdinburghNLP/xsum",
         None,
-        _SPLITS,
         lambda row: f"Summarize: {row['document']}",
         lambda row: row["summary"],
-        "refs/convert/parquet",
+        revision="refs/convert/parquet",
     ),
 }
 
@@ -79,7 +72,7 @@ def task_prompts(name: str, limit: int | None = None, split: str = "test") -> li
 
     try:
         rows = datasets.load_dataset(
-            hub.path, hub.name, split=hub.splits[split], revision=hub.revision
+            hub.path, hub.name, split=getattr(hub, split), revision=hub.revision
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(

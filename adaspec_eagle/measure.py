@@ -22,13 +22,12 @@ from rich.progress import track
 from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from adaspec_eagle import targets
 from adaspec_eagle.bench import Bench, Prompt, next_turn
 from adaspec_eagle.draft import Shape
 from adaspec_eagle.errors import explain_out_of_memory
 from adaspec_eagle.generate import generate
 from adaspec_eagle.stats import AcceptanceStats
-from adaspec_eagle.targets import Target
+from adaspec_eagle.targets import Target, left_padded
 from adaspec_eagle.watch import peak_bytes, synchronize
 
 PARTS = ("prefill", "draft", "verify", "rest")
@@ -212,7 +211,10 @@ def run_units(bench: Bench, arms: Sequence[Arm], title: str) -> list[Unit]:
     console = Console(stderr=True)
     with explain_out_of_memory(LESS):
         turns = track(list(enumerate(bench.units())), title, console=console)
-        return [_run_unit(bench.target, rotate(arms, turn), unit) for turn, unit in turns]
+        return [
+            Unit(unit, {arm.key: run_arm(arm, bench.target, unit) for arm in rotate(arms, turn)})
+            for turn, unit in turns
+        ]
 
 
 def warm_up(bench: Bench, arms: Sequence[Arm]) -> dict[str, float]:
@@ -234,10 +236,6 @@ def rotate(arms: Sequence[Arm], turn: int) -> list[Arm]:
     return [*arms[first:], *arms[:first]]
 
 
-def _run_unit(target: Target, arms: Sequence[Arm], prompts: list[Prompt]) -> Unit:
-    return Unit(prompts, {arm.key: run_arm(arm, target, prompts) for arm in arms})
-
-
 def run_arm(arm: Arm, target: Target, prompts: list[Prompt]) -> Outcome:
     """Time one arm on one unit, turn by turn; answers of a second turn come behind those of the
     first. What the arm does not name as a part is `rest`."""
@@ -245,18 +243,15 @@ def run_arm(arm: Arm, target: Target, prompts: list[Prompt]) -> Outcome:
     asked = [(p, a) for p, a in zip(prompts, outcome.answers, strict=True) if p.later]
     if not asked:
         return outcome
-    following = [next_turn(prompt, _text(answer, target), target) for prompt, answer in asked]
+    texts = target.tokenizer.batch_decode([a for _, a in asked], skip_special_tokens=True)
+    following = [next_turn(p, text, target) for (p, _), text in zip(asked, texts, strict=True)]
     after = run_arm(arm, target, following)
     answers, stats = outcome.answers + after.answers, outcome.stats + after.stats
     return Outcome(answers, stats, max(outcome.peak_bytes, after.peak_bytes))
 
 
-def _text(answer: list[int], target: Target) -> str:
-    return target.tokenizer.decode(answer, skip_special_tokens=True)
-
-
 def _run_turn(arm: Arm, target: Target, prompts: list[Prompt]) -> Outcome:
-    ids, mask = left_padded(prompts, target)
+    ids, mask = left_padded(target, [prompt.ids for prompt in prompts])
     reset_peak(target.device)
     synchronize(target.device)
     start = perf_counter()
@@ -266,11 +261,6 @@ def _run_turn(arm: Arm, target: Target, prompts: list[Prompt]) -> Outcome:
     parts = {part: stats.seconds.get(part, 0.0) for part in PARTS if part != "rest"}
     seconds = parts | {"rest": max(wall - sum(parts.values()), 0.0)}
     return Outcome(answers, replace(stats, seconds=seconds), peak_bytes(target.device))
-
-
-def left_padded(prompts: list[Prompt], target: Target) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both `[B, T]`, on the target's device."""
-    return targets.left_padded(target, [prompt.ids for prompt in prompts])
 
 
 def reset_peak(device: torch.device) -> None:

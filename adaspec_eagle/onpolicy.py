@@ -141,7 +141,6 @@ class _Text:
             return self.last.expand(-1, block.shape[1], -1)
         causal = (steps[None, :] <= steps[:, None]).expand(len(block), -1, -1)
         cache, target = self.cache, self.target
-        assert cache.lengths is not None
         mask = tree_mask(cache.lengths, cache.start, causal, target.dtype)
         with packing(target.model).active():
             out = target.forward(block, positions, mask, cache, self.layers, logits=False)

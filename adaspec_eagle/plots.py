@@ -15,6 +15,8 @@ from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adaspec_eagle.record import write_bytes
 
 Figures = dict[str, Any]
@@ -110,38 +112,27 @@ def drawings(view: Figures) -> list[Drawing]:
 def training_drawings(notes: Figures) -> list[Drawing]:
     """Curves of a train.json: the training loss, and what held-back answers say."""
     curves = notes.get("curves", [])
-    held = [line for line in curves if "eval_tau_sim" in line]
-    made = []
-    if any("loss" in line for line in curves):
-        made.append(
-            Drawing(
-                "loss", "Training loss", "Mean over the selected tokens, summed over unroll steps.",
-                lambda axes: draw_curves(axes, curves, {"loss": "loss"}, log=True),
-            )
-        )  # fmt: skip
-    if held:
-        steps = numbered(held, "eval_match_")
-        names = {name: f"step {name.rpartition('_')[2]}" for name in steps}
-        made += [
-            Drawing(
-                "match", "Held-back top-1 match", "How often the head's best token is the "
-                "target's, teacher-forced, by unroll step.",
-                lambda axes: draw_curves(axes, held, names),
-            ),
-            Drawing(
-                "tau_sim", "Held-back tau_sim", "The simulated acceptance length that chooses the "
-                "checkpoint.",
-                lambda axes: draw_curves(axes, held, {"eval_tau_sim": "tau_sim"}),
-            ),
-        ]  # fmt: skip
-    if any("tokens_per_s" in line for line in curves):
-        made.append(
-            Drawing(
-                "throughput", "Training speed, tokens/s", "Answer tokens; evaluation is left out.",
-                lambda axes: draw_curves(axes, curves, {"tokens_per_s": "tokens/s"}),
-            )
-        )  # fmt: skip
-    return made
+    steps = {n: f"step {n.rpartition('_')[2]}" for n in numbered(curves, "eval_match_")}
+    panels = [
+        ("loss", "Training loss", "Mean over the selected tokens, summed over unroll steps.",
+         {"loss": "loss"}),
+        ("match", "Held-back top-1 match", "How often the head's best token is the target's, "
+         "teacher-forced, by unroll step.", steps),
+        ("tau_sim", "Held-back tau_sim", "The simulated acceptance length that chooses the "
+         "checkpoint.", {"eval_tau_sim": "tau_sim"}),
+        ("throughput", "Training speed, tokens/s", "Answer tokens; evaluation is left out.",
+         {"tokens_per_s": "tokens/s"}),
+    ]  # fmt: skip
+    return [
+        Drawing(
+            name,
+            title,
+            caption,
+            partial(draw_curves, lines=curves, names=names, log=name == "loss"),
+        )
+        for name, title, caption, names in panels
+        if any(key in line for line in curves for key in names)
+    ]
 
 
 def numbered(history: list[Figures], prefix: str) -> list[str]:
@@ -357,19 +348,13 @@ def draw_cost(axes: Any, costs: Figures, view: Figures) -> None:
         axes.plot(each, [0] * len(each), "o", color=color, markersize=3.5, alpha=0.5,
                   clip_on=False)  # fmt: skip
         label = f"{arm_label(key, arm)}: {mean:.1f}"
-        axes.plot([mean], [_between(mean, sizes, times)], "o", color=color, markersize=9,
+        axes.plot([mean], [float(np.interp(mean, sizes, times))], "o", color=color, markersize=9,
                   markeredgecolor=PAPER, label=label)  # fmt: skip
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.set_xlabel("tokens verified at once, n")
     axes.set_ylabel("milliseconds")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
-
-
-def _between(at: float, xs: list[float], ys: list[float]) -> float:
-    import numpy as np
-
-    return float(np.interp(at, xs, ys))
 
 
 def draw_curves(axes: Any, lines: list[Figures], names: dict[str, str], log: bool = False) -> None:

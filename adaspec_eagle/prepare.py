@@ -8,10 +8,18 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from adaspec_eagle.callbacks import say
 from adaspec_eagle.data import Record
-from adaspec_eagle.distill import AnswerSet, Objective
+from adaspec_eagle.distill import (
+    AnswerSet,
+    Objective,
+    collate,
+    make_batch,
+    step_losses,
+    target_tokens,
+)
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.feature_store import (
     FeatureStore,
@@ -23,10 +31,9 @@ from adaspec_eagle.feature_store import (
     token_bytes,
     write_features,
 )
-from adaspec_eagle.features import FeatureTable, make_table
+from adaspec_eagle.features import FeatureTable, length_batches, make_table
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.processes import is_main_process, main_first
-from adaspec_eagle.reference import reference_losses
 from adaspec_eagle.targets import Target
 from adaspec_eagle.watch import token_counts
 
@@ -112,6 +119,36 @@ def write_store(
     if not missing:
         return store
     return _watched("features", tokens, write_features(store, target, records))
+
+
+@torch.no_grad()
+def reference_losses(
+    target: Target,
+    reference: DraftHead,
+    answers: AnswerSet,
+    objective: Objective,
+    batch_tokens: int = 4096,
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """The reference head's losses: (tokens done, what is known) after every batch.
+
+    At last one `[T, S]` a record. Row p holds the losses of the S steps at position p, which
+    predicts token p + 1 (float32, or float64 for float64 targets); rows that nothing supervises are
+    zero. Head and records are frozen, so that every epoch would compute the same. Records of like
+    length run together, always the same ones: a run that is resumed finds the same numbers.
+    """
+    lengths = answers.lengths()
+    found = [torch.empty(0)] * len(lengths)
+    done = 0
+    for chosen in length_batches(lengths, batch_tokens):
+        batch = make_batch(target, reference, collate([answers[i] for i in chosen]))
+        tokens = target_tokens(target, reference, batch, objective.needs_full)
+        losses = step_losses(reference, objective, batch, tokens).distilled  # [S, M]
+        table = losses.new_zeros(*batch.input_ids.shape, len(losses))  # [B, T, S]
+        table[batch.rows, batch.positions] = losses.t()
+        for row, i in zip(table.cpu(), chosen, strict=True):
+            found[i] = row[: lengths[i]].clone()
+            done += lengths[i]
+        yield done, found
 
 
 def compute_reference(

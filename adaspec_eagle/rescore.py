@@ -22,8 +22,8 @@ from transformers import DynamicCache
 
 from adaspec_eagle.bench import Bench, Prompt
 from adaspec_eagle.errors import explain_out_of_memory
-from adaspec_eagle.measure import Unit, decode, greedy_baseline, left_padded
-from adaspec_eagle.targets import Target
+from adaspec_eagle.measure import Unit, decode, greedy_baseline
+from adaspec_eagle.targets import Target, left_padded
 
 TIE = 1e-4  # float32: top-two logits closer than this are a tie that rounding decides
 MARGIN = 0.5  # four units in the last place of a bfloat16 logit between 16 and 32
@@ -58,7 +58,7 @@ def compare(bench: Bench, shapes: dict[str, str], margin: float) -> dict[str, di
     units = track(bench.units(), "comparing", console=Console(stderr=True))
     with explain_out_of_memory("Use a smaller --batch-size or --max-new-tokens"):
         for prompts in units:
-            ids, mask = left_padded(prompts, bench.target)
+            ids, mask = left_padded(bench.target, [prompt.ids for prompt in prompts])
             new = bench.max_new_tokens
             wanted, _ = greedy_baseline(bench.target, new, ids, mask)
             made = {key: decode(bench, shape, ids, mask)[0] for key, shape in shapes.items()}

@@ -279,23 +279,20 @@ class Sampler:
         """All processors but a last top-p, which `_choose` sees to without sorting."""
         last = len(processors) - 1
         for place, processor in enumerate(processors):
-            if place < last or not self._is_nucleus(processor):
+            if place < last or self._nucleus(processor) == 1:
                 scores = processor(ids, scores)
         return scores
 
-    def _is_nucleus(self, processor: object) -> bool:
-        plain_top_p = isinstance(processor, TopPLogitsWarper) and processor.min_tokens_to_keep == 1
-        return self.sample and plain_top_p
+    def _nucleus(self, processor: object) -> float:
+        """The top-p of a processor that need not sort, 1 of others."""
+        if not isinstance(processor, TopPLogitsWarper) or processor.min_tokens_to_keep != 1:
+            return 1.0
+        return processor.top_p if self.sample else 1.0
 
     def _nuclei(self, places: list[int]) -> Tensor:
         """The top-p that is still to be applied, 1 where there is none: `[A]`."""
         lasts = [([None, *self.rows[place].processors])[-1] for place in places]
-        return torch.tensor(
-            [
-                p.top_p if isinstance(p, TopPLogitsWarper) and self._is_nucleus(p) else 1.0
-                for p in lasts
-            ]
-        )
+        return torch.tensor([self._nucleus(processor) for processor in lasts])
 
     def _choose(self, places: list[int], scores: Tensor, ahead: int) -> Tensor:
         """The target's token `[A]`: the best, or a draw.

@@ -215,17 +215,12 @@ def check_selection(name: str) -> None:
         )
 
 
-def find_selection(name: str) -> Selection:
-    """A selection by its name, or a function of a user's own."""
-    return SELECTIONS[name] if name in SELECTIONS else function_of(name)
-
-
 def chosen_weights(name: str, stats: TokenStats) -> Tensor:
     """The weights `[S, M]` that a selection gives; UserError if a user's own gives none.
 
     What a user's own gives to tokens outside the mask does not count.
     """
-    made = find_selection(name)(stats)
+    made = (SELECTIONS.get(name) or function_of(name))(stats)
     if name in SELECTIONS:
         return made
     wanted = tuple(stats.mask.shape)

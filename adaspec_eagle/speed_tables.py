@@ -1,6 +1,6 @@
 """Tables of `eval/speedup.py`: arms, methods and files, for a terminal and for Markdown."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,28 @@ from adaspec_eagle.record import with_interval
 Figures = dict[str, Any]
 
 
+def terminal_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
+) -> Table:
+    """Rows of text under their header, the first `left` columns flush left, the others right."""
+    table = Table(title=title, title_justify="left")
+    for place, name in enumerate(header):
+        table.add_column(name, justify="left" if place < left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def arms_table(result: Figures) -> Table:
     """One column an arm, one row a figure; square brackets hold 95 % intervals."""
     arms = result["arms"]
-    table = Table(title=_title(result), title_justify="left")
-    table.add_column("")
-    for key, figures in arms.items():
-        shape = "" if figures["shape"] in (None, key) else f"\n{figures['shape']}"
-        table.add_column(key + shape, justify="right")
-    for label, cell in arm_rows(matched_with(result)).items():
-        table.add_row(label, *(cell(figures) for figures in arms.values()))
-    return table
+    header = [""]
+    for key, arm in arms.items():
+        header.append(key + ("" if arm["shape"] in (None, key) else f"\n{arm['shape']}"))
+    rows = arm_rows(matched_with(result)).items()
+    return terminal_table(
+        _title(result), header, [[label, *map(cell, arms.values())] for label, cell in rows]
+    )
 
 
 def _title(result: Figures) -> str:
@@ -98,12 +109,7 @@ METHOD_COLUMNS = ["arm", "draft", "tokens/s", "over generate", "over loop", "tau
 
 def methods_table(result: Figures) -> Table:
     """One row an arm: what is compared of many methods; those that lack something say what."""
-    table = Table(title=_title(result), title_justify="left")
-    for name in METHOD_COLUMNS:
-        table.add_column(name, justify="left" if name in ("arm", "draft") else "right")
-    for row in method_rows(result):
-        table.add_row(*row)
-    return table
+    return terminal_table(_title(result), METHOD_COLUMNS, method_rows(result), left=2)
 
 
 def method_rows(result: Figures) -> list[list[str]]:
@@ -142,14 +148,10 @@ def baseline_lines(baselines: Figures) -> list[str]:
 
 def files_table(result: Figures) -> Table:
     """One row a prompt file, and one for all; speed-ups over both baselines, and tau."""
-    table = Table(title="by file: speed-up over generate / over loop, tau", title_justify="left")
     drafting = [key for key, arm in result["arms"].items() if arm["shape"]]
-    table.add_column("prompts")
-    for name in ("n", "generate tok/s", *drafting):
-        table.add_column(name, justify="right")
-    for row in file_rows(result, drafting):
-        table.add_row(*row)
-    return table
+    header = ["prompts", "n", "generate tok/s", *drafting]
+    title = "by file: speed-up over generate / over loop, tau"
+    return terminal_table(title, header, file_rows(result, drafting))
 
 
 def file_rows(result: Figures, drafting: list[str]) -> list[list[str]]:

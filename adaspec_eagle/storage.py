@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adaspec_eagle.errors import UserError, first_line
+from adaspec_eagle.paths import replace_folder
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in this order
 HUB_ERRORS = (HTTPError, OSError, ValueError)  # no network, no such repository, no permission
@@ -85,6 +87,34 @@ def read_pickled(path: Path) -> Any:
             f"{path} cannot be read as plain tensors ({first_line(error)}); pickled code is never "
             "run. Convert it to model.safetensors where you trust it"
         ) from error
+
+
+def write_head(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    card: str | None = None,
+    notes: dict[str, Any] | None = None,
+    token_map: Tensor | None = None,
+) -> None:
+    """Write config.json and model.safetensors and, if given, README.md, train.json and TOKEN_MAP.
+
+    All or nothing; what the folder held is gone.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
+        made = Path(scratch) / "head"
+        made.mkdir()
+        save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+        (made / "model.safetensors").chmod(0o644)  # safetensors makes it private
+        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if card is not None:
+            (made / "README.md").write_text(card)
+        if notes is not None:
+            (made / "train.json").write_text(json.dumps(notes, indent=1) + "\n")
+        if token_map is not None:
+            torch.save(token_map, made / TOKEN_MAP)
+        replace_folder(made, folder)
 
 
 def check_push(repo: str, log_in: bool = True) -> None:

@@ -174,23 +174,8 @@ class Target:
         indices of `hidden_states`: 0 is the embedding, i the input of layer i, num_layers the
         final, normed one.
         """
-        if mask is None:
-            return self.run(tokens, positions, mask, cache, feature_layers, logits)
-        with grouped(self.config):
-            return self.run(tokens, positions, mask, cache, feature_layers, logits)
-
-    def run(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
-        cache: Cache | None,
-        feature_layers: Sequence[int] = (),
-        logits: bool = True,
-    ) -> TargetOutput:
-        """`forward` with the attention that the model has at the moment."""
         inner = [i for i in feature_layers if i < self.num_layers]
-        out = _run_decoder(self.model.base_model, tokens, positions, mask, cache, inner)
+        out = self.run_decoder(self.model.base_model, tokens, positions, mask, cache, inner)
         hidden = out.last_hidden_state  # [B, N, H]
         layers = [out.hidden_states[i] if i in inner else hidden for i in feature_layers]
         features = torch.cat(layers, dim=-1) if layers else hidden[..., :0]  # [B, N, F H]
@@ -212,7 +197,14 @@ class Target:
         config: Any = model.config
         stock = mask is None or torch.compiler.is_compiling()  # a traced call is inside already
         with nullcontext() if stock else grouped(config.get_text_config()):
-            return _run_decoder(model, tokens, positions, mask, cache, hidden_states)
+            return model(
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                output_hidden_states=list(hidden_states) or None,
+            )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output layer over hidden `[..., H]` -> `[..., V]`."""
@@ -241,24 +233,6 @@ class Target:
         names = {"user": "User", "assistant": "Assistant", "system": "System"}
         turns = [f"{names[m['role']]}: {m['content']}\n\n" for m in messages]
         return self.tokenizer("".join(turns) + "Assistant:")["input_ids"]
-
-
-def _run_decoder(
-    model: torch.nn.Module,
-    tokens: Tensor,
-    positions: Tensor,
-    mask: Tensor | None,
-    cache: Cache | None,
-    hidden_states: Sequence[int],
-) -> Any:
-    return model(
-        input_ids=tokens,
-        position_ids=positions,
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=cache is not None,
-        output_hidden_states=list(hidden_states) or None,
-    )
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -453,7 +427,6 @@ def _probe(target: Target) -> None:
         cache = target.new_cache()
         target.forward(ids[:, :1], steps[:, :1], cache=cache, logits=False)
         cache.commit_prefix(torch.ones(1, dtype=torch.long, device=target.device))
-        assert cache.lengths is not None
         seen = ancestors.bool().to(target.device)[None]
         mask = tree_mask(cache.lengths, cache.start, seen, target.dtype)
         return last(target.forward(ids[:, 1:], depth, mask, cache).logits)

@@ -15,7 +15,7 @@ from adaspec_eagle.bench import Bench, Prompt
 from adaspec_eagle.draft import Shape
 from adaspec_eagle.generate import generate
 from adaspec_eagle.measure import Arm
-from adaspec_eagle.targets import Target
+from adaspec_eagle.targets import Target, left_padded
 from adaspec_eagle.tree import DraftTree
 from adaspec_eagle.verify import Verdict
 
@@ -89,7 +89,7 @@ def trace_arms(bench: Bench, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
 
 def trace(bench: Bench, shape: str | Shape, prompt: Prompt) -> dict[str, Any]:
     """What the bench's head drafts for one prompt, and what the target accepts of it."""
-    ids, mask = measure.left_padded([prompt], bench.target)
+    ids, mask = left_padded(bench.target, [prompt.ids])
     recorder = Recorder(bench.target)
     made = generate(
         bench.target,

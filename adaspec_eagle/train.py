@@ -16,7 +16,7 @@ from transformers.integrations import get_available_reporting_integrations
 from adaspec_eagle.allocator import keep_freed_memory
 from adaspec_eagle.answers import answer_self
 from adaspec_eagle.asks import Settings
-from adaspec_eagle.callbacks import Interrupted, ProgressLine, StopGently, newest_checkpoint, say
+from adaspec_eagle.callbacks import ProgressLine, StopGently, newest_checkpoint, say
 from adaspec_eagle.data import Record, load_training, read_jsonl
 from adaspec_eagle.distill import AnswerSet, Distiller, Objective
 from adaspec_eagle.errors import UserError
@@ -217,7 +217,7 @@ def run_training(
 
     Under `accelerate launch` all processes call this. A finished stage is not run again when
     resuming. workshop: for several runs one after the other (eval/compare.py). Raises UserError for
-    bad input, Interrupted when Ctrl-C stopped it after a checkpoint.
+    bad input, and when Ctrl-C stopped it after a checkpoint.
     """
     _optimizer(config)
     keep_freed_memory()
@@ -549,7 +549,7 @@ def _stage(
     with stop.listening():
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(
+        raise UserError(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of {name}; "
             f"go on with train_head.py --out {job.out} --resume, or with the grid's own command"
         )

@@ -22,10 +22,11 @@ from rich.table import Table
 
 from adaspec_eagle import acceptance
 from adaspec_eagle.bench import Bench, Source, add_arguments, describe_bench, open_bench, positive
-from adaspec_eagle.errors import UserError, explain_out_of_memory, run_main
+from adaspec_eagle.errors import UserError, command_line, explain_out_of_memory, run_main
 from adaspec_eagle.figures import DEFINITIONS as COMMON
 from adaspec_eagle.figures import draft_figures, without_prompts
 from adaspec_eagle.record import one_line, write_json
+from adaspec_eagle.speed_tables import terminal_table
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 DEFINITIONS = {name: COMMON[name] for name in ("tau", "acceptance_by_depth", "ci95")}
@@ -33,9 +34,7 @@ DEFINITIONS = {name: COMMON[name] for name in ("tau", "acceptance_by_depth", "ci
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_line(__doc__)
     made.add_argument(
         "--chain", type=positive, default=5, metavar="K", help="draft length; default: 5"
     )
@@ -114,12 +113,8 @@ def figures(per_prompt: list[dict[str, Any]], seed: int) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> Table:
     """One row a task."""
-    made = Table(title=f"chains of {result['arguments']['chain']}", title_justify="left")
-    for place, name in enumerate(acceptance.HEADER):
-        made.add_column(name, justify="right" if place else "left")
-    for cells in acceptance.table_rows(result):
-        made.add_row(*cells)
-    return made
+    title = f"chains of {result['arguments']['chain']}"
+    return terminal_table(title, acceptance.HEADER, acceptance.table_rows(result))
 
 
 if __name__ == "__main__":

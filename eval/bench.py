@@ -28,11 +28,12 @@ from adaspec_eagle.bench import (
     Source,
     add_arguments,
     add_draft_arguments,
+    at_least_zero,
     describe_bench,
     draft_shapes,
     open_bench,
 )
-from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.figures import DEFINITIONS, measured_figures, without_prompts
 from adaspec_eagle.measure import Arm, Outcome, Unit, build_arms, run_arms
 from adaspec_eagle.record import one_line, write_json
@@ -45,27 +46,17 @@ from adaspec_eagle.trace import trace_arms
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_line(__doc__)
     add = made.add_argument
     add("--suite", choices=SUITES, required=True)
     add("--sets", nargs="+", metavar="SET", help="only these sets of the suite")
     add("--data-root", type=Path, metavar="DIR", help="folder with the suite's files; default: "
         "they are fetched from where they are published")  # fmt: skip
-    add("--temperature", type=temperature, nargs="+", default=[0.0, 1.0], metavar="T",
+    add("--temperature", type=at_least_zero, nargs="+", default=[0.0, 1.0], metavar="T",
         help="one run for each; default: 0 1")  # fmt: skip
     add_draft_arguments(made)
     add_arguments(made, None)
     return made
-
-
-def temperature(text: str) -> float:
-    """A number of at least 0, for argparse."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
 
 
 def sources(args: argparse.Namespace, target: Target) -> list[Source]:

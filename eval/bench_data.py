@@ -28,15 +28,15 @@ from rich.progress import track
 from torch import Tensor
 
 from adaspec_eagle import bench
-from adaspec_eagle.asks import Ask, Settings, batches, padded, tokenise
+from adaspec_eagle.asks import Ask, Settings, batches, tokenise
 from adaspec_eagle.data import Prompt, read_prompts
-from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.generate import generate
 from adaspec_eagle.measure import greedy_baseline
 from adaspec_eagle.record import bootstrap_ratio, environment, one_line, write_json
 from adaspec_eagle.rescore import Difference, difference
 from adaspec_eagle.selfdata import write_prompts
-from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
+from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe, left_padded
 
 WARM_UP = 4  # tokens
 EXACT = (torch.float32, torch.float64)
@@ -59,9 +59,7 @@ class Arm:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (%(default)s)")
     add("--prompts", help="JSON Lines file (default: the target writes them)")
@@ -107,10 +105,10 @@ def endless(target: Target) -> Target:
 def run(arms: list[Arm], target: Target, plan: list[list[Ask]], new: int) -> None:
     """Decode every batch with every arm, in alternating order."""
     for arm in arms:
-        arm.decode(*padded(target, plan[0]), WARM_UP)
+        arm.decode(*left_padded(target, [ask.ids for ask in plan[0]]), WARM_UP)
     console = Console(stderr=True)
     for turn, batch in enumerate(track(plan, "batches", console=console)):
-        ids, mask = padded(target, batch)  # [B, T]
+        ids, mask = left_padded(target, [ask.ids for ask in batch])  # [B, T]
         for arm in arms if turn % 2 == 0 else arms[::-1]:
             began = time.perf_counter()
             arm.answers.append(arm.decode(ids, mask, new))

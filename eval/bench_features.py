@@ -26,7 +26,7 @@ import torch
 from adaspec_eagle.bench import positive
 from adaspec_eagle.data import append_jsonl, load_training, read_jsonl
 from adaspec_eagle.distill import teacher_forced
-from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.feature_store import FORMS
 from adaspec_eagle.head import head_class, load_head
 from adaspec_eagle.prepare import split_records, write_store
@@ -40,9 +40,7 @@ ARMS = ("recompute", "memory", *FORMS)
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (%(default)s)")
     add("--data", required=True, metavar="FILE", help="answers of this target")

@@ -29,7 +29,7 @@ from adaspec_eagle import load_head
 from adaspec_eagle.auto import SIZES, time_draft, time_target
 from adaspec_eagle.bench import find_head, positive
 from adaspec_eagle.compiled import check_compiler, decoding_mode, target_call
-from adaspec_eagle.errors import UserError, explain_out_of_memory, run_main
+from adaspec_eagle.errors import UserError, command_line, explain_out_of_memory, run_main
 from adaspec_eagle.head import DraftHead, HeadConfig, new_head
 from adaspec_eagle.record import check_folder, environment, markdown_table, one_line, write_json
 from adaspec_eagle.targets import (
@@ -70,9 +70,7 @@ REAL_SIZES: dict[str, PreTrainedConfig] = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_line(__doc__)
     add = made.add_argument
     add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (%(default)s)")
     add("--random", metavar="NAME|DIR", help="instead: random weights in the size of "

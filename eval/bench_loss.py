@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from adaspec_eagle.bench import positive
-from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.fused import Output, chunked_losses
 from adaspec_eagle.losses import LOSSES
 from adaspec_eagle.record import environment, markdown_table, one_line, write_json
@@ -36,9 +36,7 @@ TOO_LARGE = 3  # exit status of a run that does not fit
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--tokens", type=positive, default=2040, help="supervised tokens (%(default)s)")
     add("--hidden", type=positive, default=576, help="hidden size (%(default)s)")

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from adaspec_eagle import generate, load_head
 from adaspec_eagle.bench import find_head, positive
-from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.record import environment, markdown_table, write_json
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
@@ -30,9 +30,7 @@ from adaspec_eagle.watch import synchronize
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_line(__doc__)
     add = made.add_argument
     add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (%(default)s)")
     add("--head", type=Path, metavar="DIR", help="default: the newest for this target")

@@ -37,11 +37,11 @@ from adaspec_eagle.allocator import keep_freed_memory
 from adaspec_eagle.bench import positive
 from adaspec_eagle.data import Record
 from adaspec_eagle.distill import AnswerSet, Distiller, Objective
-from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.features import FeatureTable, row_width
 from adaspec_eagle.head import DraftHead, HeadConfig, head_class, new_head
+from adaspec_eagle.prepare import reference_losses
 from adaspec_eagle.record import environment, markdown_table, one_line, write_json
-from adaspec_eagle.reference import reference_losses
 from adaspec_eagle.targets import DEFAULT_TARGET, Target
 
 ARMS = ("plain", "adaspec", "adaspec ahead")
@@ -51,9 +51,7 @@ NEEDED = ("loguru", "pydantic-settings", "openai", "aiohttp", "httpx", "datasets
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (%(default)s)")
     add("--head", default="eagle3", help="(%(default)s)")

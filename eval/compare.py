@@ -14,12 +14,12 @@ The last line of stdout is JSON: the seeds that are there, by task and arm.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from adaspec_eagle.bench import positive
 from adaspec_eagle.compare_tables import markdown, summary, write_tables
-from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.grid import GridSettings, cells_of, read_plan, run_grid
 from adaspec_eagle.grid_speed import measure_speed
 from adaspec_eagle.hub import HUB_SETS
@@ -32,9 +32,7 @@ ARMS = Path(__file__).with_name("arms.yaml")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_line(__doc__)
     add = made.add_argument
     add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (default: %(default)s)")
     add("--tasks", default=",".join(HUB_SETS), help="default: %(default)s")
@@ -73,17 +71,8 @@ def settings_of(args: argparse.Namespace) -> GridSettings:
         good = False
     if not good or args.most_epochs <= 0:
         raise UserError(f"--epochs {args.epochs}: give a number above 0, or best")
-    return GridSettings(
-        args.target,
-        args.data,
-        args.prompts,
-        args.epochs,
-        args.most_epochs,
-        args.limit,
-        args.max_new_tokens,
-        args.depth,
-        args.dtype,
-    )
+    given = vars(args) | {"budget": args.epochs}
+    return GridSettings(**{field.name: given[field.name] for field in fields(GridSettings)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

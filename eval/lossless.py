@@ -11,7 +11,6 @@ within --margin of the largest logit; so must an end token where an answer stops
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +21,12 @@ from rich.console import Console
 from adaspec_eagle.bench import (
     add_arguments,
     add_draft_arguments,
+    at_least_zero,
     describe_bench,
     draft_shapes,
     open_bench,
 )
-from adaspec_eagle.errors import run_main
+from adaspec_eagle.errors import command_line, run_main
 from adaspec_eagle.record import one_line, write_json
 from adaspec_eagle.rescore import MARGIN, compare
 from adaspec_eagle.targets import Target
@@ -44,26 +44,16 @@ DEFINITIONS = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_line(__doc__)
     add_draft_arguments(made)
     made.add_argument(
         "--margin",
-        type=margin,
+        type=at_least_zero,
         default=MARGIN,
         help="bfloat16 and float16: allowed gap to the largest logit; default: %(default)s",
     )
     add_arguments(made, PROMPTS)
     return made
-
-
-def margin(text: str) -> float:
-    """A gap between logits, for argparse."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no gap: give a number of at least 0")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

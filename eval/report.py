@@ -12,16 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from adaspec_eagle.errors import run_main
+from adaspec_eagle.errors import command_line, run_main
 from adaspec_eagle.record import write_text
 from adaspec_eagle.report import write_report
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_line(__doc__)
     add = made.add_argument
     add("folders", nargs="+", type=Path, metavar="DIR", help="folders with results or heads")
     add(

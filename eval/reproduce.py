@@ -35,10 +35,11 @@ from adaspec_eagle.bench import (
 from adaspec_eagle.compiled import check_compiler
 from adaspec_eagle.data import Prompt, read_prompts
 from adaspec_eagle.draft import Auto
-from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.figures import measured_figures, total
 from adaspec_eagle.measure import Arm, Unit, build_arms, decode, run_arms
 from adaspec_eagle.record import bootstrap_ratio, one_line, sha256, with_interval, write_json
+from adaspec_eagle.speed_tables import terminal_table
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.storage import read_json, weights_file
 from adaspec_eagle.suites import SUITES, PromptSet, local_file, read_questions
@@ -71,9 +72,7 @@ class Plan:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_line(__doc__)
     add = made.add_argument
     add("--data-root", type=Path, required=True, metavar="DIR",
         help="folder with the prompt files that the records name")  # fmt: skip
@@ -286,15 +285,13 @@ def speed(stats: Sequence[AcceptanceStats]) -> float:
 
 def shown(plan: Plan, compared: dict[str, dict[str, Any]]) -> Table:
     """Recorded and here, side by side."""
-    table = Table(title=f"table {plan.name}", title_justify="left")
-    table.add_column("arm")
-    for name in ("tau, recorded", "tau, here", "agrees", "tokens/s, recorded", "tokens/s, here"):
-        table.add_column(name, justify="right")
+    header = ["arm", "tau, recorded", "tau, here", "agrees", "tokens/s, recorded", "tokens/s, here"]
+    rows = []
     for key, one in compared.items():
         taus = [with_interval(one[n], one[f"{n}_ci95"]) for n in ("tau", "tau_here")]
         speeds = [f"{one[name]:.1f}" for name in ("tokens_per_s", "tokens_per_s_here")]
-        table.add_row(key, *taus, "yes" if one["agrees"] else "NO", *speeds)
-    return table
+        rows.append([key, *taus, "yes" if one["agrees"] else "NO", *speeds])
+    return terminal_table(f"table {plan.name}", header, rows)
 
 
 def brief(found: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from adaspec_eagle import baselines, foreign, plots, speed_tables
 from adaspec_eagle.baselines import METHODS, build_baselines, parse_asks
 from adaspec_eagle.bench import add_arguments, add_draft_arguments, draft_shapes, open_bench
 from adaspec_eagle.compiled import check_compiler, graphs_made
-from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.figures import speedup_result, without_prompts
 from adaspec_eagle.measure import build_arms, run_units, warm_up
 from adaspec_eagle.record import one_line, write_json
@@ -39,9 +39,7 @@ WIDTH = 120  # columns of a table that does not go to a terminal
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_line(__doc__)
     add_draft_arguments(made)
     made.add_argument(
         "--baselines",

@@ -20,7 +20,7 @@ from typing import Any
 
 from adaspec_eagle import speed_tables
 from adaspec_eagle.acceptance import HEADER, table_rows
-from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.figures import headline
 from adaspec_eagle.record import markdown_table, write_text
 
@@ -37,9 +37,7 @@ MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_line(__doc__)
     made.add_argument("--pages", type=Path, nargs="+", default=PAGES, metavar="FILE",
                       help=f"default: {' '.join(map(str, PAGES))}")  # fmt: skip
     made.add_argument("--results", type=Path, default=Path("results"), help="default: %(default)s")

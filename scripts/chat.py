@@ -18,7 +18,7 @@ from rich.console import Console
 from adaspec_eagle.bench import HeadChoice, find_head, positive
 from adaspec_eagle.chat import Chat
 from adaspec_eagle.draft import Shape, parse_shape
-from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.head import load_head
 from adaspec_eagle.sampling import Sampler, warpers
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
@@ -26,9 +26,7 @@ from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_line(__doc__)
     add = made.add_argument
     add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (default: %(default)s)")
     add(

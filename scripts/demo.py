@@ -7,7 +7,6 @@ is used again; after a kill, run the same command. Sized to stay within 20 minut
 downloads not counted: where the machine is slow, less data is written.
 """
 
-import argparse
 import shlex
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 from adaspec_eagle.data import mend_jsonl, read_jsonl
-from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.features import target_rows
 from adaspec_eagle.targets import Target, describe
 
@@ -37,9 +36,7 @@ PASSES = 1.9 + 3.2
 
 def main(argv: list[str] | None = None) -> int:
     """Run all steps; the last thing printed is where everything lies and what to try next."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args(argv)
+    command_line(__doc__).parse_args(argv)
     begin = time.perf_counter()
     target = Target.load("smollm2-135m")
     print(describe(target))

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.export import export_head, import_head
 from adaspec_eagle.formats import FORMATS
 from adaspec_eagle.storage import check_push, push_folder
@@ -21,9 +21,7 @@ from adaspec_eagle.storage import check_push, push_folder
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_line(__doc__)
     add = made.add_argument
     add("--head", required=True, metavar="DIR|ID", help="the head: a folder or a hub id")
     way = made.add_mutually_exclusive_group(required=True)

@@ -16,7 +16,7 @@ from adaspec_eagle.answers import answer_prompts, answer_self, give_answers
 from adaspec_eagle.apart import Measured
 from adaspec_eagle.asks import Settings, Tally
 from adaspec_eagle.data import Prompt, load_training, read_prompts
-from adaspec_eagle.errors import UserError, run_main
+from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.feature_store import FORMS
 from adaspec_eagle.head import head_class
 from adaspec_eagle.hub import HUB_SETS, task_prompts
@@ -28,9 +28,7 @@ SELF_TOKENS = 200_000
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--target", default=DEFAULT_TARGET, help="alias, hub id or folder (%(default)s)")
     add("--prompts", nargs="+", default=["self"], metavar="FILE|TASK|self", help="(self)")

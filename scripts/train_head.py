@@ -13,7 +13,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from adaspec_eagle.errors import run_main
+from adaspec_eagle.errors import command_line, run_main
 from adaspec_eagle.losses import LOSSES
 from adaspec_eagle.selection import SELECTIONS
 from adaspec_eagle.targets import ALIASES
@@ -63,9 +63,7 @@ HELP = {
 
 def parser() -> argparse.ArgumentParser:
     """One flag a field of TrainConfig."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_line(__doc__)
     for option in fields(TrainConfig):
         flag, note = "--" + option.name.replace("_", "-"), HELP[option.name]
         default = getattr(TrainConfig(), option.name)

@@ -20,7 +20,7 @@ from adaspec_eagle.features import make_table
 from adaspec_eagle.generate import Stopwatch, _Run
 from adaspec_eagle.onpolicy import draft_answers
 from adaspec_eagle.optim import make_optimizer
-from adaspec_eagle.reference import reference_losses
+from adaspec_eagle.prepare import reference_losses
 from adaspec_eagle.rescore import token_gaps
 from adaspec_eagle.selection import OBSERVED, SELECTIONS, TokenStats, chosen_weights
 from tests.imitated import NAME, Remote, imitated, moved

@@ -23,7 +23,7 @@ from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import make_table, split_rows, target_rows
 from adaspec_eagle.head import built_in_heads
 from adaspec_eagle.losses import feature_regression, forward_kl
-from adaspec_eagle.reference import reference_losses
+from adaspec_eagle.prepare import reference_losses
 from adaspec_eagle.selection import SELECTIONS, needs, select
 from adaspec_eagle.unroll import step_masks, unroll
 from tests.records import record

@@ -17,9 +17,10 @@ from adaspec_eagle.auto import SIZES
 from adaspec_eagle.bench import Prompt, draft_shapes, find_head
 from adaspec_eagle.errors import UserError, run_main
 from adaspec_eagle.figures import headline, total
-from adaspec_eagle.measure import PARTS, Outcome, Unit, greedy_baseline, left_padded
+from adaspec_eagle.measure import PARTS, Outcome, Unit, greedy_baseline
 from adaspec_eagle.rescore import agreement, difference, judge, token_gaps
 from adaspec_eagle.stats import AcceptanceStats
+from adaspec_eagle.targets import left_padded
 
 EVAL = Path(__file__).parents[1] / "eval"
 RATIOS = ["tokens_per_s", "decode_tokens_per_s", "tau"]
@@ -444,8 +445,8 @@ def test_a_prompt_longer_than_the_context_is_named(here, capsys):
         ("acceptance", ["--max-new-tokens", "1"], "nothing is drafted"),
         ("speedup", ["--arm", "decoder"], "my_decoder.py:forward"),
         ("speedup", ["--tree", "chain:3"], "--chain K"),
-        ("lossless", ["--margin", "nan"], "no gap"),
-        ("lossless", ["--margin", "-1"], "no gap"),
+        ("lossless", ["--margin", "nan"], "at least 0"),
+        ("lossless", ["--margin", "-1"], "at least 0"),
     ],
 )
 def test_options_that_mean_nothing_are_refused_before_any_work(
@@ -505,8 +506,8 @@ def tokens(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 def test_rows_of_unequal_length_count_the_same_alone_and_in_a_batch():
     target = tiny_target()
     prompts = [Prompt(str(n), "", "", [], list(range(9, 9 + n))) for n in (3, 5)]
-    both, stats = greedy_baseline(target, 6, *left_padded(prompts, target))
-    alone = [greedy_baseline(target, 6, *left_padded([p], target)) for p in prompts]
+    both, stats = greedy_baseline(target, 6, *left_padded(target, [p.ids for p in prompts]))
+    alone = [greedy_baseline(target, 6, *left_padded(target, [p.ids])) for p in prompts]
     assert both == [answers[0] for answers, _ in alone]
     summed = total([one for _, one in alone])
     assert (stats.rounds, stats.new_tokens) == (summed.rounds, summed.new_tokens)

@@ -142,7 +142,7 @@ def test_a_failed_write_leaves_no_folder(here, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "model.safetensors")
 
-    monkeypatch.setattr("adaspec_eagle.export.save_file", full)
+    monkeypatch.setattr("adaspec_eagle.storage.save_file", full)
     assert export("--to", "vllm", "--out", str(tmp_path / "out")) == 2
     assert list(tmp_path.iterdir()) == []
 

@@ -39,7 +39,6 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
         "plots",
         "speed_tables",
         "prepare",
-        "reference",
     },
     {"onpolicy"},
     {"train", "measure", "suites"},

@@ -13,11 +13,11 @@ from adaspec_eagle import Target, generate
 from adaspec_eagle.bench import make_prompt
 from adaspec_eagle.contrasts import METRICS
 from adaspec_eagle.errors import UserError, run_main
-from adaspec_eagle.measure import left_padded
 from adaspec_eagle.plots import Drawing, canvas, svg, training_drawings
 from adaspec_eagle.report import write_report
 from adaspec_eagle.suite_tables import published, suite_tables
 from adaspec_eagle.suites import SUITES, chosen_sets, read_questions, read_sets
+from adaspec_eagle.targets import left_padded
 from tests.test_eval_scripts import script, write_prompts
 from tests.tiny import tiny_head, tiny_target, tiny_target_folder
 
@@ -86,14 +86,15 @@ def test_a_second_turn_is_asked_behind_the_arms_own_first_answer(work, measured)
     target = Target.load(work / "target", dtype="float32")
     row = read_questions(work / "data/mt_bench/question.jsonl", SUITES["eagle"].sets[0])[0]
     prompt = make_prompt(row, "mt_bench", target, 6)
-    first = generate(target, None, *left_padded([prompt], target), max_new_tokens=6).answers[0]
+    first = generate(target, None, *left_padded(target, [prompt.ids]), max_new_tokens=6).answers[0]
     messages = [
         *prompt.messages,
         {"role": "assistant", "content": target.tokenizer.decode(first, skip_special_tokens=True)},
         {"role": "user", "content": "w30 w31"},
     ]
     following = make_prompt({"id": "x", "messages": messages}, "", target, 6)
-    second = generate(target, None, *left_padded([following], target), max_new_tokens=6).answers[0]
+    row = left_padded(target, [following.ids])
+    second = generate(target, None, *row, max_new_tokens=6).answers[0]
     unit = measured["runs"][0]["per_prompt"][0]
     assert unit["ids"] == ["mt_bench-80"]
     for arm in unit["arms"].values():

@@ -482,7 +482,7 @@ def test_a_failed_save_leaves_the_old_head(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
 
-    monkeypatch.setattr("adaspec_eagle.head.save_file", full)
+    monkeypatch.setattr("adaspec_eagle.storage.save_file", full)
     with torch.no_grad():
         head.fc.weight.zero_()
     with pytest.raises(SafetensorError, match="No space left") as caught:
