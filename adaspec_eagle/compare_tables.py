@@ -10,13 +10,7 @@ from typing import Any
 from adaspec_eagle.contrasts import DEFINITIONS, METRICS, Arm, compare, read_cells
 from adaspec_eagle.grid import FLOPS, Plan
 from adaspec_eagle.plots import forest_drawings, sheet
-from adaspec_eagle.record import (
-    environment,
-    markdown_table,
-    with_interval,
-    write_json,
-    write_text,
-)
+from adaspec_eagle.record import environment, markdown_table, with_interval, write_json, write_text
 from adaspec_eagle.suite_tables import published
 
 Summary = dict[str, Any]
@@ -144,7 +138,7 @@ def markdown(found: Summary) -> str:
     """All tables of a comparison."""
     parts = [
         f"Budget: {found['budget']} epochs. {contrast_text(found)} * holds (see the definitions "
-        f"below); † {UNEQUAL}.",
+        f"below); † {UNEQUAL}."
     ]
     for task, arms in found["tasks"].items():
         parts += [f"### {task}", markdown_table(*task_rows(arms))]

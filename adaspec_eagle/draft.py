@@ -358,9 +358,7 @@ class Drafter:
             logits = level[:, 0]
         steps = torch.arange(shape.depth + 1, device=device)
         tree = DraftTree(
-            torch.stack(tokens, 1),
-            (steps - 1).clamp(min=0).expand(b, -1),
-            steps.expand(b, -1),
+            torch.stack(tokens, 1), (steps - 1).clamp(min=0).expand(b, -1), steps.expand(b, -1)
         )
         return tree, drafts
 

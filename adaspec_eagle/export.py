@@ -10,13 +10,7 @@ from adaspec_eagle.formats import OURS, to_layout
 from adaspec_eagle.head import HeadConfig, build_head, check_target, load_head
 from adaspec_eagle.published import detect, from_layout, is_ours
 from adaspec_eagle.record import sha256
-from adaspec_eagle.storage import (
-    local_folder,
-    read_json,
-    read_weights,
-    weights_file,
-    write_head,
-)
+from adaspec_eagle.storage import local_folder, read_json, read_weights, weights_file, write_head
 from adaspec_eagle.targets import Target
 
 

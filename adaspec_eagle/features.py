@@ -91,10 +91,7 @@ def choose_mode(lengths: Sequence[int], width: int, dtype: torch.dtype, folder: 
 
 
 def make_table(
-    target: Target,
-    ids: Sequence[Sequence[int]],
-    layers: Sequence[int],
-    batch_tokens: int = 4096,
+    target: Target, ids: Sequence[Sequence[int]], layers: Sequence[int], batch_tokens: int = 4096
 ) -> Iterator[tuple[int, FeatureTable]]:
     """Fill a table in memory for the records' token ids; yields (tokens done, table)."""
     offsets, done = [0, *accumulate(len(record) for record in ids)], 0

@@ -22,25 +22,13 @@ from adaspec_eagle.distill import AnswerSet, Distiller, Objective
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.feature_store import INDEX
 from adaspec_eagle.features import MODES, choose_mode, row_width
-from adaspec_eagle.head import (
-    DraftHead,
-    HeadConfig,
-    head_class,
-    load_head,
-    new_head,
-    with_vocab,
-)
+from adaspec_eagle.head import DraftHead, HeadConfig, head_class, load_head, new_head, with_vocab
 from adaspec_eagle.losses import loss_terms
 from adaspec_eagle.onpolicy import OnPolicy
 from adaspec_eagle.optim import OPTIMIZERS
 from adaspec_eagle.paths import default_cache_dir, taken
 from adaspec_eagle.plots import sheet, training_drawings
-from adaspec_eagle.prepare import (
-    compute_features,
-    compute_reference,
-    draft_vocab,
-    split_records,
-)
+from adaspec_eagle.prepare import compute_features, compute_reference, draft_vocab, split_records
 from adaspec_eagle.processes import (
     agreed,
     all_meet,

@@ -17,13 +17,7 @@ from statistics import median
 
 import torch
 from rich.console import Console
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PhiConfig,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PhiConfig, PreTrainedConfig
 
 from adaspec_eagle import load_head
 from adaspec_eagle.auto import SIZES, time_draft, time_target

@@ -24,14 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adaspec_eagle.auto import Costs
-from adaspec_eagle.bench import (
-    Bench,
-    Source,
-    describe_bench,
-    make_prompt,
-    open_bench,
-    texts_sha256,
-)
+from adaspec_eagle.bench import Bench, Source, describe_bench, make_prompt, open_bench, texts_sha256
 from adaspec_eagle.compiled import check_compiler
 from adaspec_eagle.data import Prompt, read_prompts
 from adaspec_eagle.draft import Auto

@@ -10,13 +10,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from adaspec_eagle import compiled as forwards
 from adaspec_eagle import generate
 from adaspec_eagle.attention import tree_mask
-from adaspec_eagle.compiled import (
-    decoding_mode,
-    static_target,
-    target_call,
-    target_step,
-    widened,
-)
+from adaspec_eagle.compiled import decoding_mode, static_target, target_call, target_step, widened
 from adaspec_eagle.errors import UserError
 from tests.test_sampling import batch
 from tests.tiny import VOCAB, tiny_head, tiny_target

@@ -475,11 +475,7 @@ def test_a_missing_prompt_file_is_named(here, capsys):
         (None, None, {"chain": "chain:4", "tree": "auto"}),
         ([], None, {"chain": "chain:4", "tree": "auto"}),
         (["static"], None, {"chain": "chain:4", "tree": "static"}),
-        (
-            ["auto", "static"],
-            3,
-            {"chain": "chain:3", "tree": "auto", "static": "static"},
-        ),
+        (["auto", "static"], 3, {"chain": "chain:3", "tree": "auto", "static": "static"}),
         (None, 6, {"chain": "chain:6"}),
         (["dynamic"], 2, {"chain": "chain:2", "tree": "dynamic"}),
     ],

@@ -196,8 +196,7 @@ def test_variants_train(folder, tmp_path, changes):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "halfway"),
-    [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)],
+    ("schedule", "halfway"), [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)]
 )
 def test_schedules_of_the_learning_rate(folder, tmp_path, schedule, halfway):
     chosen = options(folder, method="distillspec", lr=0.01, batch_size=1, schedule=schedule)

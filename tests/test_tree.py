@@ -4,13 +4,7 @@ import pytest
 import torch
 
 from adaspec_eagle import generate
-from adaspec_eagle.attention import (
-    Unrolled,
-    by_fused_kernel,
-    by_products,
-    grouped_attention,
-    hide,
-)
+from adaspec_eagle.attention import Unrolled, by_fused_kernel, by_products, grouped_attention, hide
 from adaspec_eagle.draft import Auto, Drafter, Dynamic, Sampled, chain, parse_shape, static_tree
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.sampling import Row, Sampler
