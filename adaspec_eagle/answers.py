@@ -144,8 +144,9 @@ def answer_self(target: Target, out: Path, settings: Settings, say: Say) -> Tall
 class Journal:
     """The prompts that the target has written for one output, a line of the file for each batch."""
 
-    def __init__(self, target: Target, path: Path, settings: Settings) -> None:
-        self.target, self.path, self.settings = target, path, settings
+    def __init__(self, target: Target, out: Path, settings: Settings) -> None:
+        self.target, self.out, self.settings = target, out, settings
+        self.path = out.with_name(out.name.removesuffix(".jsonl") + ".prompts.jsonl")
         self.prompts: list[Prompt] = []  # what earlier runs wrote
         self.seen: set[str] = set()  # normalised texts
         self.dropped: Counter = Counter()
@@ -155,8 +156,8 @@ class Journal:
     @classmethod
     def open(cls, target: Target, out: Path, settings: Settings) -> "Journal":
         """The journal beside `out`, with what earlier runs wrote."""
-        path = out.with_name(out.name.removesuffix(".jsonl") + ".prompts.jsonl")
-        journal = cls(target, path, settings)
+        journal = cls(target, out, settings)
+        path = journal.path
         for item in read_jsonl(path) if mend_jsonl(path) else []:
             if {key: item.get(key) for key in journal.owner} != journal.owner:
                 raise UserError(
@@ -172,7 +173,7 @@ class Journal:
     def add(self) -> SelfBatch:
         """Sample the next batch and write it down."""
         rows, seed = self.settings.batch_size, self.settings.seed
-        with explain_out_of_memory(fewer_rows(rows)):
+        with explain_out_of_memory(fewer_rows(rows, self.out)):
             batch = write_prompts(self.target, self.number, self.seen, seed=seed, rows=rows)
         append_jsonl(self.path, [{**self.owner, "rows": rows, **asdict(batch)}])
         self._count(batch)
@@ -254,18 +255,20 @@ def _answer_all(
         if _enough(tally, settings):
             return
         began = time.perf_counter()
-        with explain_out_of_memory(fewer_rows(len(batch))):
+        with explain_out_of_memory(fewer_rows(len(batch), out)):
             records = answer(target, batch, settings)
         _add(tally, out, records, target)
         tally.seconds += time.perf_counter() - began
         show("")
 
 
-def fewer_rows(rows: int) -> str:
+def fewer_rows(rows: int, out: Path) -> str:
     """What to do where memory does not hold so many rows."""
+    if rows == 1:
+        return "one row is too much here: leave out long prompts (make_data.py --max-prompt-tokens)"
     return (
-        f"answer with scripts/make_data.py --batch-size {max(1, rows // 2)}; nothing that was "
-        "written is lost"
+        f"go on with make_data.py --batch-size {rows // 2} --out {out}, its other options as here; "
+        "nothing that was written is lost"
     )
 
 

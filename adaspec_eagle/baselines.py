@@ -184,7 +184,10 @@ def _build(bench: Bench, ask: Ask) -> tuple[Arm, dict[str, Any]]:
     shape = parse_shape(tree)
     if shape.sampled:
         raise UserError("a baseline is decoded greedily, and a sampled chain is not")
-    check_shape(shape, head, bench.target.context)
+    try:
+        check_shape(shape, head, bench.target.context)
+    except UserError as error:
+        raise UserError(f"{folder}: {error} (NAME=DIR@TREE)") from error
     label = ask.tree or _label(shape)
     own = partial(decode, replace(bench, head=head), shape)
     facts = {"folder": shown(folder), "sha256": sha256(weights_file(folder))}

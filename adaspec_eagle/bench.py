@@ -243,7 +243,7 @@ def read_source(name: str, target: Target, limit: int | None, max_new_tokens: in
     if path.is_file():
         records, digest = read_prompts(path, limit), sha256(path)
     elif path.suffix or len(path.parts) > 1:
-        raise UserError(f"prompt file {name} does not exist")
+        raise UserError(f"prompt file {name} does not exist, or is no file")
     else:
         records = task_prompts(name, limit)
         digest = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()

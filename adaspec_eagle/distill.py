@@ -94,7 +94,7 @@ class TargetTokens:
 class AnswerSet(Dataset):
     """Records as the Trainer reads them: ids, loss mask; target rows, reference losses if given.
 
-    `reference`: of each record the reference head's losses `[T, S]` by position (reference.py).
+    `reference`: of each record the reference head's losses `[T, S]` by position (prepare.py).
     """
 
     def __init__(

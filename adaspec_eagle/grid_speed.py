@@ -15,6 +15,7 @@ from adaspec_eagle.head import load_head
 from adaspec_eagle.measure import build_arms, run_arms
 from adaspec_eagle.paths import taken
 from adaspec_eagle.record import environment, write_json
+from adaspec_eagle.storage import read_json
 from adaspec_eagle.targets import Target
 
 
@@ -30,7 +31,7 @@ def measure_speed(
         for kind, cell in heads_there(plan, task, settings, work).items():
             path = out / "speed" / settings.budget / task / f"{cell.arm}.json"
             with taken(out / "speed.lock", wait=True):  # workers of one machine, one by one
-                if path.exists():
+                if kind in [read_json(done)["head"] for done in path.parent.glob("*.json")]:
                     continue
                 folder = head_folder(cell, work, settings)
                 source = prompts_of(task, settings, target)

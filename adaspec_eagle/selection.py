@@ -227,9 +227,10 @@ def chosen_weights(name: str, stats: TokenStats) -> Tensor:
     if not isinstance(made, Tensor) or tuple(made.shape) != wanted:
         got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
         raise UserError(f"--select {name} gave {got}, not a tensor of weights {wanted}")
+    made = made.where(stats.mask, 0)
     if not bool((made.isfinite() & (made >= 0)).all()):
         raise UserError(f"--select {name} gave weights that are negative or not finite")
-    return made * stats.mask
+    return made
 
 
 def needs(name: str) -> tuple[str, ...]:

@@ -403,7 +403,9 @@ def _prepare(
         config.draft_vocab = fixed.config.draft_vocab_size
     fixed_ids = None if fixed is None else fixed.draft_ids
     layers = head_class(config.head).feature_layers(target.num_layers)
-    wanted = (config.data, layers, config.draft_vocab, config.max_length, config.held_back)
+    rewritten = bool(config.on_policy)  # features are then kept in memory or not at all
+    sizes = (config.draft_vocab, config.max_length, config.held_back)
+    wanted = (config.data, layers, sizes, rewritten)
     if workshop.data is None or workshop.wanted != wanted or not _has_vocab(workshop, fixed_ids):
         workshop.data = None  # lets go of its features first
         made = _read(config, target, fixed_ids)
@@ -491,14 +493,19 @@ def _self_written(config: TrainConfig, target: Target, out: Path) -> Path:
     say(f"no --data: {target.name} writes {config.tokens:,} answer tokens to {cached}")
     with taken(cached.with_suffix(".lock"), wait=True):  # of another run that wants the same
         answer_self(target, cached, Settings(tokens=config.tokens, seed=config.seed), say)
-    share, tokens = [], 0
+    share, tokens, long = [], 0, 0
     for item in read_jsonl(cached):
         if tokens >= config.tokens:
             break
         if len(item["prompt_ids"]) >= config.max_length:  # leaves no token to learn
+            long += 1
             continue
         share.append(json.dumps(item, ensure_ascii=False) + "\n")
         tokens += len(item["answer_ids"])
+    if long:
+        say(f"left out {long} answers, whose prompts fill --max-length {config.max_length}")
+    if not share:
+        raise UserError(f"--max-length {config.max_length} holds no prompt and answer: raise it")
     return write_text(out / "data.jsonl", "".join(share))
 
 
@@ -539,7 +546,7 @@ def _stage(
     if trainer.state.global_step < trainer.state.max_steps:
         raise UserError(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of {name}; "
-            f"go on with train_head.py --out {job.out} --resume, or with the grid's own command"
+            f"go on by train_head.py --out {job.out} --resume, or by the command that began it"
         )
     notes = {
         "config": asdict(job.config),

@@ -139,7 +139,7 @@ def fixed_facts(bench: Bench, arms: Sequence[Arm], args: argparse.Namespace) -> 
         "prompts": [prompt.sha256 for prompt in bench.sources[0].prompts],
         "sizes": [bench.max_new_tokens, bench.batch_size, bench.temperature, bench.seed],
         "machine": [where[name] for name in ("cpu", "threads", "cuda", "packages")],
-        "git": where["git"],
+        "code": where["git"],
     }
 
 

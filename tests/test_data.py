@@ -451,8 +451,10 @@ def test_running_out_of_memory_names_a_smaller_batch(tmp_path, monkeypatch):
 
     monkeypatch.setattr(answers, "estimate", lambda *_: "")
     monkeypatch.setattr(answers, "generate", greedy)
-    with pytest.raises(UserError, match="--batch-size 1"):
+    with pytest.raises(UserError, match=r"--batch-size 1 --out .*/a,"):
         answer_prompts(tiny_target(), [prompt(i) for i in (0, 1)], tmp_path / "a", SETTINGS, silent)
+    with pytest.raises(UserError, match="--max-prompt-tokens"):
+        answer_prompts(tiny_target(), [prompt(0)], tmp_path / "a", SETTINGS, silent)
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -195,7 +195,8 @@ def test_a_selection_of_ones_own_is_given_everything_and_divided_by_all_tokens(t
 
 def test_weights_of_a_users_own_count_within_the_mask_alone(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("import torch\n\ndef mine(stats):\n    return torch.ones(stats.mask.shape)\n")
+    body = "1 + 0.0 / stats.mask"  # NaN outside
+    file.write_text(f"def mine(stats):\n    return {body}\n")
     given = stats()
     assert torch.equal(chosen_weights(f"{file}:mine", given), given.mask.float())
 

@@ -364,6 +364,21 @@ def test_bad_options_are_named(changes, words):
         TrainConfig(**changes)
 
 
+def test_self_written_answers_behind_long_prompts_are_left_out(tmp_path, monkeypatch, capsys):
+    def write(target, out, *_):
+        items = [{"prompt_ids": [1] * length, "answer_ids": [2] * 4} for length in (5, 9, 5)]
+        out.write_text("".join(json.dumps(item) + "\n" for item in items))
+
+    monkeypatch.setattr(train, "default_cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(train, "answer_self", write)
+    target = SimpleNamespace(name="t", fingerprint="f")
+    made = train._self_written(TrainConfig(tokens=8, max_length=9), target, tmp_path / "out")
+    assert [len(json.loads(line)["prompt_ids"]) for line in made.read_text().splitlines()] == [5, 5]
+    assert "left out 1 answers" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--max-length 5 holds no"):
+        train._self_written(TrainConfig(tokens=8, max_length=5), target, tmp_path / "out")
+
+
 def test_unknown_targets_and_heads_are_named(folder, tmp_path):
     with pytest.raises(UserError, match="aliases"):
         Target.load("no-such-model")
