@@ -98,7 +98,7 @@ def give_answers(
     Prompts without one, which published sets have, are left out and counted.
     """
     tally, done = start(target, out, None, say)
-    answered = [p for p in prompts if (given_answer(p["messages"]) or "").strip()]
+    answered = [p for p in prompts if given_answer(p["messages"])]
     if len(answered) < len(prompts):
         tally.dropped["no answer given"] = len(prompts) - len(answered)
     asks = _not_done(target, answered, settings, tally, done, say)

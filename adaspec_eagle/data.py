@@ -165,9 +165,10 @@ def prompt_messages(messages: list[Message]) -> list[Message]:
 
 
 def given_answer(messages: list[Message]) -> str | None:
-    """The answer that follows `prompt_messages(messages)`, or None."""
+    """The answer that follows `prompt_messages(messages)`, None where it has no text."""
     after = messages[len(prompt_messages(messages)) :]
-    return after[0]["content"] if after and after[0]["role"] == "assistant" else None
+    answer = after[0]["content"] if after and after[0]["role"] == "assistant" else None
+    return answer if answer and answer.strip() else None
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def ending(target: Target) -> list[int]:
 def given_record(item: Prompt, target: Target, end: list[int]) -> Record:
     """A record with the answer that the file gives, in the target's tokens, its `ending` added."""
     answer = given_answer(item["messages"])
-    if not answer or not answer.strip():
+    if answer is None:
         raise UserError(
             f"{item['where']}: the answer has no token to learn (no text after the prompt)"
         )

@@ -220,14 +220,14 @@ def chosen_weights(name: str, stats: TokenStats) -> Tensor:
 
     What a user's own gives to tokens outside the mask does not count.
     """
-    made = (SELECTIONS.get(name) or function_of(name))(stats)
     if name in SELECTIONS:
-        return made
+        return SELECTIONS[name](stats)
+    made = function_of(name)(stats)
     wanted = tuple(stats.mask.shape)
     if not isinstance(made, Tensor) or tuple(made.shape) != wanted:
         got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
         raise UserError(f"--select {name} gave {got}, not a tensor of weights {wanted}")
-    made = made.where(stats.mask, 0)
+    made = made.masked_fill(~stats.mask, 0)
     if not bool((made.isfinite() & (made >= 0)).all()):
         raise UserError(f"--select {name} gave weights that are negative or not finite")
     return made
