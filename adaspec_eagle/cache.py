@@ -80,8 +80,10 @@ class TreeCache(Cache):
         self._extend(length, longest)
 
     def commit_prefix(self, length: Tensor, longest: int | None = None) -> None:
-        """Commit the first `length[b]` scratch columns of a cache without history (prefill)."""
-        assert self.start == 0, f"history of up to {self.start} columns is there already"
+        """Commit the first `length[b]` scratch columns; one row's, or a first history, in place."""
+        if self.start and len(length) > 1:
+            steps = torch.arange(self.used, device=length.device).expand(len(length), -1)
+            return self.commit(steps, length, longest)
         self._extend(length, longest)
 
     def rollback(self) -> None:

@@ -275,13 +275,13 @@ class Drafter:
 
     def advance(self, features: Tensor, tokens: Tensor, length: Tensor, longest: int) -> None:
         """Take in accepted pairs: features `[B, P, F H]`, next tokens `[B, P]`, counts `[B]`."""
-        p = tokens.shape[1]
-        steps = torch.arange(p, device=tokens.device)
-        causal = (steps[None, :] <= steps[:, None]).expand(tokens.shape[0], p, p)
+        steps, causal = _pairs(tokens.shape[1], tokens.device)
         with self.packing.active():
             fused = self.head.fuse(features)
-        hidden, logits = self._forward(fused, tokens, steps, causal, 0)
-        self.cache.commit(steps.expand_as(tokens), length, longest + self.head.leading)
+        causal = causal.expand(len(tokens), -1, -1)
+        mask = tree_mask(self.cache.lengths, self.cache.start, causal, fused.dtype)
+        hidden, logits = self._forward(fused, tokens, steps, mask, 0)
+        self.cache.commit_prefix(length, longest + self.head.leading)
         self.hidden, self.logits = _at_last(length, hidden, logits)
 
     def grow(
@@ -320,7 +320,7 @@ class Drafter:
         tokens = torch.zeros(b, len(plan.depths), dtype=torch.long, device=device)
         scores = torch.zeros(b, len(plan.depths), device=device) if scored else None
         hidden, logits = self.hidden[:, None], self.logits[:, None]  # [B, W, H], [B, W, Vd]
-        seen = torch.zeros(b, 1, 0, dtype=torch.bool, device=device)  # [B, W, M]
+        past, seen = self._masks(1)
         for depth, level in enumerate(plan.levels, 1):
             best = logits.topk(level.widest, dim=-1).indices  # [B, W, R]
             tokens[:, level.nodes] = self.head.to_target(best[:, level.above, level.ranks])
@@ -329,9 +329,10 @@ class Drafter:
                 scores[:, level.nodes] = own + scores[:, plan.parents[level.nodes]]
             if depth == len(plan.levels):
                 break
-            seen = _with_itself(seen[:, level.grown_above])
+            mask = _level_mask(past, seen[:, :, level.grown_above])
             hidden, grown = hidden[:, level.grown_above], tokens[:, level.grown]
-            hidden, logits = self._forward(hidden, grown, depth - 1, seen, depth)
+            hidden, logits = self._forward(hidden, grown, depth - 1, mask, depth)
+            seen = mask[..., past.shape[-1] :]
         return DraftTree(tokens, plan.parents.expand(b, -1), plan.depths.expand(b, -1), scores)
 
     def _grow_sampled(self, shape: Sampled, sampler: Sampler) -> tuple[DraftTree, list[Tensor]]:
@@ -341,7 +342,7 @@ class Drafter:
         tokens = [torch.zeros(b, dtype=torch.long, device=device)]
         drafts: list[Tensor] = []
         hidden, logits = self.hidden[:, None], self.logits
-        seen = torch.zeros(b, 1, 0, dtype=torch.bool, device=device)
+        past, seen = self._masks(1)
         for depth in range(1, shape.depth + 1):
             q = (logits.double() / sampler.temperature).softmax(-1)  # [B, Vd]
             # A head of NaN drafts something, as in other trees; no emitted token depends on it.
@@ -352,10 +353,10 @@ class Drafter:
             drafts.append(q if ids is None else whole.index_copy_(1, ids, q))
             if depth == shape.depth:
                 break
-            seen = _with_itself(seen)
+            mask = _level_mask(past, seen)
             token = tokens[-1][:, None]
-            hidden, level = self._forward(hidden, token, depth - 1, seen, depth)
-            logits = level[:, 0]
+            hidden, level = self._forward(hidden, token, depth - 1, mask, depth)
+            seen, logits = mask[..., past.shape[-1] :], level[:, 0]
         steps = torch.arange(shape.depth + 1, device=device)
         tree = DraftTree(
             torch.stack(tokens, 1), (steps - 1).clamp(min=0).expand(b, -1), steps.expand(b, -1)
@@ -375,17 +376,18 @@ class Drafter:
         index = torch.arange(1, width + 1, device=device).expand(b, -1)  # the beam's candidates
         none = torch.zeros(b, 1, dtype=torch.long, device=device)  # the root is candidate 0
         tokens, scores, parents = [none, token], [none.float(), score], [none]
-        seen = torch.zeros(b, width, 0, dtype=torch.bool, device=device)
+        past, seen = self._masks(width)
         for depth in range(1, min(shape.depth, self.head.deepest or shape.depth)):
             if self.planner:
                 wide = self.planner.wide(depth, score)  # the beam narrows to V nodes
                 if not wide:
                     break
                 if wide < score.shape[1]:
-                    beam = (score, token, index, hidden, seen)
-                    score, token, index, hidden, seen = (part[:, :wide] for part in beam)
-            seen = _with_itself(seen)
-            hidden, logits = self._forward(hidden, token, depth - 1, seen, depth)
+                    beam = (score, token, index, hidden)
+                    score, token, index, hidden = (part[:, :wide] for part in beam)
+                    seen = seen[:, :, :wide]
+            mask = _level_mask(past, seen)
+            hidden, logits = self._forward(hidden, token, depth - 1, mask, depth)
             logp, best = self._top(logits, width)  # [B, V, W]
             first = sum(part.shape[1] for part in tokens)  # of the level's candidates
             tokens.append(best.flatten(1))
@@ -395,7 +397,8 @@ class Drafter:
             token, index = tokens[-1].gather(1, place), place + first
             above = torch.div(place, width, rounding_mode="floor")[:, :, None]  # [B, W, 1]
             hidden = hidden.gather(1, above.expand(-1, -1, hidden.shape[2]))
-            seen = seen.gather(1, above.expand(-1, -1, seen.shape[2]))
+            seen = mask[..., past.shape[-1] :]  # [B, 1, V, M]
+            seen = seen.gather(2, above[:, None].expand(-1, -1, -1, seen.shape[3]))
         self.depth = len(parents)
         depths = _depths(tuple(part.shape[1] for part in tokens), device)  # [M]
         # A child stays strictly below its parent, so that a chosen node's parent is chosen too.
@@ -414,14 +417,23 @@ class Drafter:
         # What a head that gives no numbers drafts is a tree all the same, and may be rejected.
         return logp.fmax(self.least), self.head.to_target(ids)
 
+    def _masks(self, width: int) -> tuple[Tensor, Tensor]:
+        """What all nodes of a tree see of the history `[B, 1, 1, T]`, and the root's children.
+
+        These see no node yet: `[B, 1, W, 0]`. Both are additive masks.
+        """
+        b, dtype = len(self.hidden), self.hidden.dtype
+        none = self.hidden.new_zeros(b, 1, 0, dtype=torch.bool)
+        past = tree_mask(self.cache.lengths, self.cache.start, none, dtype)
+        return past, past.new_zeros(b, 1, width, 0)
+
     def _forward(
-        self, hidden: Tensor, tokens: Tensor, ahead: Tensor | int, seen: Tensor, step: int
+        self, hidden: Tensor, tokens: Tensor, ahead: Tensor | int, mask: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
         """One head forward in scratch; `ahead` `[N]` counts positions from the history's end.
 
-        The next hidden states `[B, N, H]` and their logits `[B, N, Vd]`.
+        mask: additive, `[B, 1, N, T]`. The next hidden states `[B, N, H]`, logits `[B, N, Vd]`.
         """
-        mask = tree_mask(self.cache.lengths, self.cache.start, seen, hidden.dtype)
         positions = (self.cache.lengths[:, None] + ahead).expand_as(tokens)
         return self.call(hidden, tokens, positions, mask, self.cache, step)
 
@@ -434,11 +446,28 @@ def _at_last(length: Tensor, *states: Tensor) -> list[Tensor]:
     return [part.flatten(0, 1).index_select(0, spots) for part in states]
 
 
-def _with_itself(seen: Tensor) -> Tensor:
-    """Append the new level's own columns: `[B, W, M]` -> `[B, W, M + W]`."""
-    b, w, _ = seen.shape
-    itself = torch.eye(w, dtype=torch.bool, device=seen.device).expand(b, w, w)
-    return torch.cat([seen, itself], dim=-1)
+def _level_mask(past: Tensor, seen: Tensor) -> Tensor:
+    """The additive mask of a level's nodes: history, levels above, the level's own columns.
+
+    past `[B, 1, 1, T]`, seen `[B, 1, W, M]`; `[B, 1, W, T + M + W]`.
+    """
+    b, _, w, _ = seen.shape
+    itself = _itself(w, seen.dtype, seen.device).expand(b, -1, -1, -1)
+    return torch.cat([past.expand(-1, -1, w, -1), seen, itself], dim=-1)
+
+
+@lru_cache(maxsize=64)
+def _itself(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The additive mask `[1, 1, W, W]` of nodes that see themselves; not to be written to."""
+    nobody = torch.zeros(1, dtype=torch.long, device=device)
+    return tree_mask(nobody, 0, torch.eye(width, dtype=torch.bool, device=device)[None], dtype)
+
+
+@lru_cache(maxsize=64)
+def _pairs(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places of new pairs `[P]`, each seeing those before it `[P, P]`; not to be written to."""
+    places = torch.arange(count, device=device)
+    return places, places[None, :] <= places[:, None]
 
 
 @lru_cache(maxsize=64)

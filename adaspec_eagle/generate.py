@@ -32,7 +32,7 @@ from adaspec_eagle.sampling import Row, Sampler, warpers
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import Target
 from adaspec_eagle.tree import DraftTree, ancestor_mask, lone_root
-from adaspec_eagle.verify import Verdict, emitted, match
+from adaspec_eagle.verify import Verdict, match
 from adaspec_eagle.watch import synchronize
 
 FIRST_CAPACITY = 4096  # columns a cache begins with at most; it doubles from there
@@ -343,9 +343,10 @@ class _Run:
         logits = target.logits(out.hidden.gather(1, last))  # [B, 1, V]
         root = lone_root(tokens[:, 0])
         running = [True] * len(rows)
-        verdict, finite = self._judge(root, logits, ancestor_mask(root.parents, 0), 0, running, [])
+        itself = ancestor_mask(root.parents, 0)
+        verdict, host, _ = self._judge(root, logits, itself, 0, running, [])
         self.last = verdict.bonus  # [B]
-        self._check_finite(finite.tolist(), rows)
+        self._check_finite(host, rows)
         if self.head:
             whole = functional.pad(tokens, (0, 1)).scatter(1, lengths[:, None], self.last[:, None])
             planner = None
@@ -358,7 +359,7 @@ class _Run:
             capacity = min(room, FIRST_CAPACITY)
             self.drafter = Drafter(self.head, self.shape, capacity, planner, self.compiled)
             self.drafter.prefill(out.features, whole, lengths)
-        first = self.last.tolist()
+        first = [row[3] for row in host]
         for b, token in enumerate(first):
             self.sampler.extend(b, [token])
         return first
@@ -373,19 +374,19 @@ class _Run:
                 tree, drafts = self.drafter.grow(self.last, self.sampler, scored)
             else:
                 tree, drafts = lone_root(self.last), []
-        tokens, verdict, host, features = self._check(tree, drafts, running)
+        verdict, host, features = self._check(tree, drafts, running)
         nodes = self.nodes
         if self.nodes and not all(row[2] for row in host):
             # What the target makes of one node reaches, as NaN, those that do not look at it.
             self.cache.wipe()
-            tokens, verdict, host, features = self._check(lone_root(self.last), [], running)
-        self._check_finite([bool(row[2]) for row in host])
+            verdict, host, features = self._check(lone_root(self.last), [], running)
+        self._check_finite(host)
         counts = [row[0] for row in host]
         self.depths = [row[1] for row in host]
         gained = [count if go else 0 for count, go in zip(counts, running, strict=True)]
         self.lengths = [old + new for old, new in zip(self.lengths, gained, strict=True)]
         everyone = gained == counts
-        moved = verdict.length if everyone else torch.tensor(gained, device=tokens.device)
+        moved = verdict.length if everyone else torch.tensor(gained, device=features.device)
         if self.drafter and self.drafter.planner:
             planner, rows = self.drafter.planner, [b for b, go in enumerate(running) if go]
             scores, depths = ([part[b] for b in rows] for part in self.drafted)
@@ -393,7 +394,7 @@ class _Run:
             planner.learn(scores, depths, accepted, self.drafter.depth, nodes)
             if not planner.pays():
                 self.drafter = None
-        self._commit(verdict.path, tokens, moved, max(counts), features)
+        self._commit(verdict, moved, max(counts), features)
         self.last = torch.where(moved > 0, verdict.bonus, self.last)
         new = [row[3 : 3 + count] for row, count in zip(host, counts, strict=True)]
         for b, goes_on in enumerate(running):
@@ -403,26 +404,21 @@ class _Run:
 
     def _check(
         self, tree: DraftTree, drafts: list[Tensor], running: list[bool]
-    ) -> tuple[Tensor, Verdict, list[list[int]], Tensor]:
-        """Verify a tree: its emitted tokens, the verdict, what the host needs, nodes' features.
-
-        The host's rows: length, depth, whether logits were numbers, tokens.
-        """
+    ) -> tuple[Verdict, list[list[int]], Tensor]:
+        """Verify a tree: the verdict, what the host needs (Sampler.walk), the nodes' features."""
         self.nodes = tree.tokens.shape[1] - 1
         limit = self.drafter.depth if self.drafter and self.nodes else 0
         ancestors = ancestor_mask(tree.parents, limit)
         with self.clock.part("verify"):
             logits, features = self._verify(tree, ancestors)
-        verdict, finite = self._judge(tree, logits, ancestors, limit, running, drafts)
+        planned = self.drafter.drafted if self.drafter and self.nodes else ()
+        verdict, host, drafted = self._judge(
+            tree, logits, ancestors, limit, running, drafts, planned
+        )
+        self.drafted = drafted or self.drafted
         if self.watch_tree:
             self.watch_tree(tree, verdict)
-        tokens = emitted(tree, verdict)  # [B, N]
-        facts = torch.stack([verdict.length, tree.depths.amax(1), finite.long()], 1)
-        planned = self.drafter.drafted if self.drafter and self.nodes else ()
-        few, more, *drafted = _read(facts, tokens, *planned)
-        self.drafted = drafted or self.drafted
-        host = [a + b for a, b in zip(few, more, strict=True)]
-        return tokens, verdict, host, features
+        return verdict, host, features
 
     @contextmanager
     def packed(self) -> Iterator[None]:
@@ -458,11 +454,13 @@ class _Run:
         depth: int,
         running: list[bool],
         drafts: list[Tensor],
-    ) -> tuple[Verdict, Tensor]:
-        """What the target accepts, and whether logits were numbers where it went `[B]`."""
+        planned: Sequence[Tensor] = (),
+    ) -> tuple[Verdict, list[list[int]], list[list]]:
+        """What the target accepts; what the host needs (Sampler.walk); `planned` on the host."""
         sampler = self.sampler
         if logits.device.type == "cpu" or not (sampler.plain or sampler.of_one_kind):
-            return sampler.walk(tree, logits, depth, running, drafts or None)
+            verdict, host = sampler.walk(tree, logits, depth, running, drafts or None)
+            return verdict, host, [part.tolist() for part in planned]
         # Elsewhere a read is dear, and nodes are not: the target's tokens at all of them.
         best, picks = logits.max(-1)  # [B, N]; a NaN is its row's maximum
         finite = best.isfinite()
@@ -470,33 +468,32 @@ class _Run:
             logits = logits.masked_fill(~finite[:, :, None], 0.0)
             picks = sampler.picks(tree, logits, depth, drafts or None)
         verdict = match(tree, picks, ancestors)
-        return verdict, finite.gather(1, verdict.path).all(1)
+        fine = finite.gather(1, verdict.path).all(1)
+        facts = torch.stack([verdict.length, tree.depths.amax(1), fine.long()], 1)
+        few, more, *drafted = _read(facts, verdict.tokens, *planned)
+        return verdict, [a + b for a, b in zip(few, more, strict=True)], drafted
 
-    def _check_finite(self, finite: list[bool], rows: list[Tensor] | None = None) -> None:
+    def _check_finite(self, host: list[list[int]], rows: list[Tensor] | None = None) -> None:
         """Raise UserError naming layer and token if a row's logits are NaN or infinite."""
-        for place, fine in enumerate(finite):
+        for place, (_, _, fine, *_) in enumerate(host):
             if not fine:
                 row = self.sampler.rows[place]  # its history may begin with padding
                 ids = row.history[-row.position :] if rows is None else rows[place].tolist()
                 raise UserError(where_not_finite(self.target, ids))
 
-    def _commit(
-        self, path: Tensor, tokens: Tensor, moved: Tensor, longest: int, features: Tensor
-    ) -> None:
+    def _commit(self, verdict: Verdict, moved: Tensor, longest: int, features: Tensor) -> None:
         """Append the accepted nodes to the target's history, and their pairs to the head's."""
-        path = path[:, :longest]  # [B, P]
+        path, tokens = verdict.path[:, :longest], verdict.tokens[:, :longest]  # [B, P]
         self.cache.commit(path, moved, max(self.lengths))
         if not self.drafter:
             return
         pairs = features.gather(1, path[:, :, None].expand(-1, -1, features.shape[-1]))
         with self.clock.part("draft"):
-            self.drafter.advance(pairs, tokens[:, :longest], moved, max(self.lengths))
+            self.drafter.advance(pairs, tokens, moved, max(self.lengths))
 
 
 def _read(*parts: Tensor) -> list[list[list]]:
     """Rows of numbers `[B, X]` each, on the host: the round's one read from the device."""
-    if parts[0].device.type == "cpu":
-        return [part.tolist() for part in parts]
     # What are whole numbers stay so in float64.
     rows = torch.cat([part.double() for part in parts], 1).tolist()
     read, begin = [], 0

@@ -159,7 +159,7 @@ class Sampler:
         depth: int,
         running: Sequence[bool],
         drafts: list[Tensor] | None = None,
-    ) -> tuple[Verdict, Tensor]:
+    ) -> tuple[Verdict, list[list[int]]]:
         """Choose the target's token node by node, and follow the child that equals it.
 
         logits `[B, N, V]` at every node; depth: of the deepest node. Only the nodes that the walk
@@ -167,8 +167,9 @@ class Sampler:
         there. drafts: for a chain whose tokens were *sampled*, the distributions `[B, V]` they came
         from, one a depth; then token x is accepted with probability min(1, p(x) / q(x)) and
         replaced by a draw from the rest max(p - q, 0) otherwise (Leviathan et al., arXiv
-        2211.17192, algorithm 1). Gives the verdict, and whether a row's logits were numbers `[B]`;
-        where they are not, the row's walk ends.
+        2211.17192, algorithm 1). Gives the verdict, and of each row what the host needs: how many
+        tokens it emits, the depth of its draft, whether its logits were numbers (where they are
+        not, its walk ends), the tokens.
         """
         tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
         paths, bonus = [[0] for _ in tokens], [row[0] for row in tokens]
@@ -191,10 +192,16 @@ class Sampler:
                     paths[place].append(child)
                     ahead.append(place)
             live = ahead
-        padded = [path + [0] * (depth + 1 - len(path)) for path in paths]
-        found = (padded, [*map(len, paths)], bonus, finite)
-        *verdict, fine = (torch.tensor(x, device=logits.device) for x in found)
-        return Verdict(*verdict), fine
+        rows, found = [], []
+        for place, path in enumerate(paths):
+            new = [*(tokens[place][n] for n in path[1:]), bonus[place]]
+            rows.append([len(path), _depth(parents[place]), finite[place], *new])
+            rest = [0] * (depth + 1 - len(path))
+            found.append([len(path), bonus[place], *path, *rest, *new, *rest])
+        length, last, *both = torch.tensor(found, device=logits.device).split(
+            [1, 1, depth + 1, depth + 1], 1
+        )
+        return Verdict(both[0], length[:, 0], last[:, 0], both[1]), rows
 
     def _target_tokens(
         self,
@@ -340,6 +347,14 @@ def _child(tokens: list[int], parents: list[int], node: int, token: int) -> int:
     """The child of a tree's node that has this token; 0 where there is none."""
     later = range(node + 1, len(tokens))
     return next((n for n in later if parents[n] == node and tokens[n] == token), 0)
+
+
+def _depth(parents: list[int]) -> int:
+    """The depth of a tree's deepest node."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    return max(depths)
 
 
 def within_nucleus(scores: Tensor, top_p: Tensor | float) -> Tensor:

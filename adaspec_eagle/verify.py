@@ -16,11 +16,12 @@ from adaspec_eagle.tree import DraftTree
 
 @dataclass
 class Verdict:
-    """What one round accepts."""
+    """What one round accepts and emits."""
 
     path: Tensor  # [B, D + 1] nodes from the root down; past `length` the root
     length: Tensor  # [B] nodes on the path, the root included: accepted draft tokens + 1
     bonus: Tensor  # [B] the target's own token behind the path
+    tokens: Tensor  # [B, D + 1] accepted draft tokens, the bonus token; `length` of them count
 
 
 def match(tree: DraftTree, picks: Tensor, ancestors: Tensor) -> Verdict:
@@ -38,14 +39,7 @@ def match(tree: DraftTree, picks: Tensor, ancestors: Tensor) -> Verdict:
     nodes = torch.arange(tree.tokens.shape[1], device=picks.device).expand_as(tree.tokens)
     path = torch.zeros_like(tree.tokens)
     path.scatter_add_(1, tree.depths, nodes * on_path)  # one node of the path a depth
-    return Verdict(path, length, picks.gather(1, leaf[:, None])[:, 0])
-
-
-def emitted(tree: DraftTree, verdict: Verdict) -> Tensor:
-    """The tokens that a round gives: `[B, D + 1]`; row b's first `length[b]` count.
-
-    Accepted draft tokens, then the bonus token.
-    """
-    after_root = torch.roll(verdict.path, -1, dims=1)
-    tokens = tree.tokens.gather(1, after_root)
-    return tokens.scatter(1, verdict.length[:, None] - 1, verdict.bonus[:, None])
+    bonus = picks.gather(1, leaf[:, None])  # [B, 1]
+    tokens = tree.tokens.gather(1, torch.roll(path, -1, dims=1))
+    tokens.scatter_(1, length[:, None] - 1, bonus)
+    return Verdict(path, length, bonus[:, 0], tokens)

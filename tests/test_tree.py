@@ -9,7 +9,7 @@ from adaspec_eagle.draft import Auto, Drafter, Dynamic, Sampled, chain, parse_sh
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.sampling import Row, Sampler
 from adaspec_eagle.tree import DraftTree, ancestor_mask, select_nodes
-from adaspec_eagle.verify import emitted, match
+from adaspec_eagle.verify import match
 from tests.tiny import tiny_head, tiny_target
 
 
@@ -107,7 +107,7 @@ def test_match_follows_the_agreeing_child_only():
     assert verdict.length.tolist() == [3]
     assert verdict.path[0, :3].tolist() == [0, 2, 4]
     assert verdict.bonus.tolist() == [31]
-    assert emitted(tree, verdict)[0, :3].tolist() == [11, 21, 31]
+    assert verdict.tokens[0, :3].tolist() == [11, 21, 31]
 
 
 @pytest.mark.parametrize("agree", [0, 1, 2, 3])
@@ -177,17 +177,22 @@ def test_a_walk_ends_where_a_match_at_all_nodes_ends():
     logits.scatter_add_(2, tokens.roll(-1, 1)[:, :, None], torch.full((b, n, 1), 2.0))
     logits[torch.rand(b, n, generator=numbers) < 0.05] = torch.nan
     tree, running = DraftTree(tokens, parents, depths), [row % 5 > 0 for row in range(b)]
-    verdict, finite = Sampler([Row(row, [], 0) for row in range(b)]).walk(tree, logits, n, running)
+    verdict, host = Sampler([Row(row, [], 0) for row in range(b)]).walk(tree, logits, n, running)
     best, picks = logits.max(-1)
     wanted = match(tree, picks, ancestor_mask(parents, n))
     good = best.isfinite().gather(1, wanted.path).all(1)
     went = torch.tensor(running)
+    finite = torch.tensor([row[2] for row in host])
     assert torch.equal(finite[went], good[went])
     assert bool(finite[~went].all())
     assert sum(wanted.length[went & good] > 2) > 10
     for part in ("length", "bonus"):
         assert torch.equal(*(getattr(v, part)[went & good] for v in (verdict, wanted)))
     assert torch.equal(verdict.path[:, :n][went & good], wanted.path[went & good])
+    for row in (went & good).nonzero()[:, 0].tolist():
+        length, depth, _, *new = host[row]
+        assert (length, depth) == (int(wanted.length[row]), int(depths[row].max()))
+        assert new == verdict.tokens[row, :length].tolist() == wanted.tokens[row, :length].tolist()
 
 
 @pytest.mark.parametrize("wrong", ["tree", "chain:0", "chain:x", "beam"])
