@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adaspec_eagle import generate
+from adaspec_eagle import attention, generate
 from adaspec_eagle.attention import Unrolled, by_fused_kernel, by_products, grouped_attention, hide
 from adaspec_eagle.draft import Auto, Drafter, Dynamic, Sampled, chain, parse_shape, static_tree
 from adaspec_eagle.errors import UserError
@@ -133,6 +133,21 @@ def test_attention_of_groups_equals_attention_over_repeated_keys(attend, queries
     torch.testing.assert_close(attend(query, key, value, mask, 8**-0.5), wanted)
     found, _ = grouped_attention(torch.nn.Module(), query, key, value, mask)
     torch.testing.assert_close(found, wanted.transpose(1, 2))
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_a_lone_query_in_bfloat16_attends_beside_its_group_or_alone(amx, monkeypatch):
+    monkeypatch.setattr(attention, "AMX", amx)
+    torch.manual_seed(0)
+    query = torch.randn(2, 6, 1, 8, dtype=torch.bfloat16)
+    key, value = torch.randn(2, 2, 2, 11, 8, dtype=torch.bfloat16)
+    mask = hide(torch.zeros(2, 1, 1, 11).bfloat16(), torch.rand(2, 1, 11) > 0.3)
+    wide = [x.repeat_interleave(3, dim=1).double() for x in (key, value)]
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), *wide, attn_mask=mask.double()
+    )
+    found = by_fused_kernel(query, key, value, mask, 8**-0.5)
+    torch.testing.assert_close(found.double(), wanted, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
