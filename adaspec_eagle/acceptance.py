@@ -18,7 +18,7 @@ from adaspec_eagle.generate import generate
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.record import with_interval
 from adaspec_eagle.stats import AcceptanceStats
-from adaspec_eagle.targets import Target, left_padded
+from adaspec_eagle.targets import Target, by_length, left_padded
 
 WAYS = {"greedy": ("chain", 0.0), "sampled": ("sampled", 1.0)}  # -> (tree, temperature)
 ALPHAS = ("greedy_alpha", "alpha_t1")
@@ -53,13 +53,11 @@ def acceptance_figures(
     `summarized`, all ratios of sums; `per_prompt` has the counts that they are sums of, so that any
     of them can be had again for a resample of the prompts. Raises UserError as `generate` does.
     """
-    by_length = torch.tensor([len(prompt) for prompt in prompts]).argsort(descending=True)
+    batches = by_length([len(prompt) for prompt in prompts], batch_size)
     found: list[dict[str, Any]] = [{} for _ in prompts]
     for way, (tree, temperature) in WAYS.items():
         answers: list[list[int]] = [[] for _ in prompts]
-        batches = by_length.split(batch_size)
-        for chosen in track(batches, f"{way} chains", console=Console(stderr=True), transient=True):
-            batch = chosen.tolist()
+        for batch in track(batches, f"{way} chains", console=Console(stderr=True), transient=True):
             ids, mask = left_padded(target, [list(prompts[i]) for i in batch])
             made = generate(
                 target,

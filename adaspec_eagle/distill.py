@@ -47,7 +47,7 @@ from adaspec_eagle.selection import (
     keep_at,
     needs,
 )
-from adaspec_eagle.targets import Target
+from adaspec_eagle.targets import Target, by_length
 from adaspec_eagle.unroll import Batch, needed, step_masks, step_states, supervised, unroll
 from adaspec_eagle.watch import Watch, frequency_bands
 from adaspec_eagle.zero import split_frozen, zero_stage
@@ -244,16 +244,16 @@ def forced_counts(
     """What `teacher_forced` is made of, record by record, float64 on the CPU."""
     answers = answers if isinstance(answers, AnswerSet) else AnswerSet(answers)
     objective = Objective(loss, unroll=steps)
-    lengths = torch.tensor(answers.lengths())
+    lengths = answers.lengths()
     records = len(lengths)
     sums = torch.zeros(records, 3, steps, dtype=torch.float64)
     counts = torch.zeros(records, steps, dtype=torch.float64)
     products, indices = torch.zeros(2, records, dtype=torch.float64)
-    for chosen in lengths.argsort(descending=True).split(batch_size):
-        batch = make_batch(target, head, collate([answers[int(i)] for i in chosen]))
+    for chosen in by_length(lengths, batch_size):
+        batch = make_batch(target, head, collate([answers[i] for i in chosen]))
         tokens = target_tokens(target, head, batch, full=True)
         figures, mask = _figures(head, objective, batch, tokens), step_masks(batch.positions, steps)
-        record = chosen[batch.rows.cpu()]  # [M]
+        record = torch.tensor(chosen)[batch.rows.cpu()]  # [M]
         shown = torch.where(mask, figures, 0.0).cpu().double()  # [3, S, M]
         sums.index_add_(0, record, shown.permute(2, 0, 1))
         counts.index_add_(0, record, mask.t().cpu().double())
@@ -644,8 +644,8 @@ class LengthBuckets(Sampler):
         order = torch.randperm(len(self.lengths), generator=generator)
         batches: list[Tensor] = []
         for pool in order.split(32 * self.batch_size):
-            by_length = pool[self.lengths[pool].argsort(descending=True)]
-            batches += by_length.split(self.batch_size)
+            ranked = pool[self.lengths[pool].argsort(descending=True)]
+            batches += ranked.split(self.batch_size)
         whole = [batch for batch in batches if len(batch) == self.batch_size]
         short = [batch for batch in batches if len(batch) < self.batch_size]
         mixed = torch.randperm(len(whole), generator=generator).tolist()

