@@ -320,7 +320,7 @@ class Drafter:
         tokens = torch.zeros(b, len(plan.depths), dtype=torch.long, device=device)
         scores = torch.zeros(b, len(plan.depths), device=device) if scored else None
         hidden, logits = self.hidden[:, None], self.logits[:, None]  # [B, W, H], [B, W, Vd]
-        past, seen = self._masks(1)
+        past, seen = self._masks()
         for depth, level in enumerate(plan.levels, 1):
             best = logits.topk(level.widest, dim=-1).indices  # [B, W, R]
             tokens[:, level.nodes] = self.head.to_target(best[:, level.above, level.ranks])
@@ -329,10 +329,10 @@ class Drafter:
                 scores[:, level.nodes] = own + scores[:, plan.parents[level.nodes]]
             if depth == len(plan.levels):
                 break
-            mask = _level_mask(past, seen[:, :, level.grown_above])
+            mask = _level_mask(past, seen[:, level.grown_above])
             hidden, grown = hidden[:, level.grown_above], tokens[:, level.grown]
             hidden, logits = self._forward(hidden, grown, depth - 1, mask, depth)
-            seen = mask[..., past.shape[-1] :]
+            seen = mask[:, 0, :, past.shape[-1] :]
         return DraftTree(tokens, plan.parents.expand(b, -1), plan.depths.expand(b, -1), scores)
 
     def _grow_sampled(self, shape: Sampled, sampler: Sampler) -> tuple[DraftTree, list[Tensor]]:
@@ -342,7 +342,7 @@ class Drafter:
         tokens = [torch.zeros(b, dtype=torch.long, device=device)]
         drafts: list[Tensor] = []
         hidden, logits = self.hidden[:, None], self.logits
-        past, seen = self._masks(1)
+        past, seen = self._masks()
         for depth in range(1, shape.depth + 1):
             q = (logits.double() / sampler.temperature).softmax(-1)  # [B, Vd]
             # A head of NaN drafts something, as in other trees; no emitted token depends on it.
@@ -356,7 +356,7 @@ class Drafter:
             mask = _level_mask(past, seen)
             token = tokens[-1][:, None]
             hidden, level = self._forward(hidden, token, depth - 1, mask, depth)
-            seen, logits = mask[..., past.shape[-1] :], level[:, 0]
+            seen, logits = mask[:, 0, :, past.shape[-1] :], level[:, 0]
         steps = torch.arange(shape.depth + 1, device=device)
         tree = DraftTree(
             torch.stack(tokens, 1), (steps - 1).clamp(min=0).expand(b, -1), steps.expand(b, -1)
@@ -370,35 +370,37 @@ class Drafter:
         """
         b, device = self.logits.shape[0], self.logits.device
         width = min(shape.width, self.logits.shape[-1])
-        logp, best = self._top(self.logits[:, None], width)  # [B, 1, W] each
-        score, token = logp[:, 0], best[:, 0]  # [B, W], the beam
-        hidden = self.hidden[:, None].expand(-1, width, -1)  # [B, W, H] of each node's parent
-        index = torch.arange(1, width + 1, device=device).expand(b, -1)  # the beam's candidates
+        deepest = min(shape.depth, self.head.deepest or shape.depth)
         none = torch.zeros(b, 1, dtype=torch.long, device=device)  # the root is candidate 0
-        tokens, scores, parents = [none, token], [none.float(), score], [none]
-        past, seen = self._masks(width)
-        for depth in range(1, min(shape.depth, self.head.deepest or shape.depth)):
-            if self.planner:
-                wide = self.planner.wide(depth, score)  # the beam narrows to V nodes
-                if not wide:
-                    break
-                if wide < score.shape[1]:
-                    beam = (score, token, index, hidden)
-                    score, token, index, hidden = (part[:, :wide] for part in beam)
-                    seen = seen[:, :, :wide]
-            mask = _level_mask(past, seen)
-            hidden, logits = self._forward(hidden, token, depth - 1, mask, depth)
-            logp, best = self._top(logits, width)  # [B, V, W]
+        # Of the V nodes whose children come next: hidden states, logits, scores, places.
+        hidden, logits, score, index = (
+            self.hidden[:, None],
+            self.logits[:, None],
+            none.float(),
+            none,
+        )
+        tokens, scores, parents = [none], [score], list[Tensor]()
+        past, seen = self._masks()
+        for depth in range(1, deepest + 1):
+            logp, best = self._top(logits, width)  # [B, V, W] each
             first = sum(part.shape[1] for part in tokens)  # of the level's candidates
+            parents.append(index)
             tokens.append(best.flatten(1))
             scores.append((score[:, :, None] + logp).flatten(1))  # [B, V * W]
-            parents.append(index)
+            if depth == deepest:
+                break
             score, place = scores[-1].topk(width, dim=1)  # [B, W]: the next beam
+            if self.planner:
+                wide = self.planner.wide(depth, score)  # it narrows to so many
+                if not wide:
+                    break
+                score, place = score[:, :wide], place[:, :wide]
             token, index = tokens[-1].gather(1, place), place + first
-            above = torch.div(place, width, rounding_mode="floor")[:, :, None]  # [B, W, 1]
-            hidden = hidden.gather(1, above.expand(-1, -1, hidden.shape[2]))
-            seen = mask[..., past.shape[-1] :]  # [B, 1, V, M]
-            seen = seen.gather(2, above[:, None].expand(-1, -1, -1, seen.shape[3]))
+            above = torch.div(place, width, rounding_mode="floor")
+            hidden, seen = _picked(above, hidden, seen)
+            mask = _level_mask(past, seen)
+            hidden, logits = self._forward(hidden, token, depth - 1, mask, depth)
+            seen = mask[:, 0, :, past.shape[-1] :]
         self.depth = len(parents)
         depths = _depths(tuple(part.shape[1] for part in tokens), device)  # [M]
         # A child stays strictly below its parent, so that a chosen node's parent is chosen too.
@@ -417,15 +419,14 @@ class Drafter:
         # What a head that gives no numbers drafts is a tree all the same, and may be rejected.
         return logp.fmax(self.least), self.head.to_target(ids)
 
-    def _masks(self, width: int) -> tuple[Tensor, Tensor]:
-        """What all nodes of a tree see of the history `[B, 1, 1, T]`, and the root's children.
+    def _masks(self) -> tuple[Tensor, Tensor]:
+        """What all nodes of a tree see of the history, and of those above: nothing yet.
 
-        These see no node yet: `[B, 1, W, 0]`. Both are additive masks.
+        Additive masks: `[B, 1, 1, T]`, and `[B, 1, 0]` for the root.
         """
-        b, dtype = len(self.hidden), self.hidden.dtype
-        none = self.hidden.new_zeros(b, 1, 0, dtype=torch.bool)
-        past = tree_mask(self.cache.lengths, self.cache.start, none, dtype)
-        return past, past.new_zeros(b, 1, width, 0)
+        none = self.hidden.new_zeros(len(self.hidden), 1, 0)
+        past = tree_mask(self.cache.lengths, self.cache.start, none.bool(), none.dtype)
+        return past, none
 
     def _forward(
         self, hidden: Tensor, tokens: Tensor, ahead: Tensor | int, mask: Tensor, step: int
@@ -440,20 +441,26 @@ class Drafter:
 
 def _at_last(length: Tensor, *states: Tensor) -> list[Tensor]:
     """Each row's states at its last pair: `[B]`, `[B, T, X]` each -> `[B, X]` each."""
-    b, t, _ = states[0].shape
     last = (length - 1).clamp(min=0)  # rows at rest take in nothing; what they hold is unused
-    spots = last if b == 1 else last + torch.arange(0, b * t, t, device=length.device)
-    return [part.flatten(0, 1).index_select(0, spots) for part in states]
+    return [part[:, 0] for part in _picked(last[:, None], *states)]
+
+
+def _picked(index: Tensor, *states: Tensor) -> list[Tensor]:
+    """Each row's states at these places: `[B, W]`, `[B, T, X]` each -> `[B, W, X]` each."""
+    b, t, _ = states[0].shape
+    if b > 1:
+        index = index + torch.arange(0, b * t, t, device=index.device)[:, None]
+    return [x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (b, -1)) for x in states]
 
 
 def _level_mask(past: Tensor, seen: Tensor) -> Tensor:
-    """The additive mask of a level's nodes: history, levels above, the level's own columns.
+    """The additive mask of a level's nodes: history, nodes above, the level's own columns.
 
-    past `[B, 1, 1, T]`, seen `[B, 1, W, M]`; `[B, 1, W, T + M + W]`.
+    past `[B, 1, 1, T]`, seen `[B, W, M]`; `[B, 1, W, T + M + W]`.
     """
-    b, _, w, _ = seen.shape
+    b, w, _ = seen.shape
     itself = _itself(w, seen.dtype, seen.device).expand(b, -1, -1, -1)
-    return torch.cat([past.expand(-1, -1, w, -1), seen, itself], dim=-1)
+    return torch.cat([past.expand(-1, -1, w, -1), seen[:, None], itself], dim=-1)
 
 
 @lru_cache(maxsize=64)
