@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from adaspec_eagle.attention import tree_mask
 from adaspec_eagle.draft import Drafter, chain
 from adaspec_eagle.features import split_rows, target_rows
 from adaspec_eagle.head import built_in_heads
@@ -39,8 +40,9 @@ def test_unrolled_training_equals_incremental_decoding(arch, name):
             for step in range(1, steps):  # the tokens that followed, as if drafted
                 tokens = ids[:, end + step][:, None]
                 seen = torch.ones(2, 1, step, dtype=torch.bool)
+                mask = tree_mask(drafter.cache.lengths, drafter.cache.start, seen, hidden.dtype)
                 ahead = torch.full((2, 1), step - 1)
-                hidden, _ = drafter._forward(hidden.view(2, 1, -1), tokens, ahead, seen, step)
+                hidden, _ = drafter._forward(hidden.view(2, 1, -1), tokens, ahead, mask, step)
                 torch.testing.assert_close(hidden[:, 0], states[step][:, end - 1 - begin])
 
 

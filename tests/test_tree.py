@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from adaspec_eagle import attention, generate
-from adaspec_eagle.attention import Unrolled, by_fused_kernel, by_products, grouped_attention, hide
+from adaspec_eagle.attention import (
+    Unrolled,
+    by_fused_kernel,
+    by_products,
+    grouped_attention,
+    hide,
+    tree_mask,
+)
 from adaspec_eagle.draft import Auto, Drafter, Dynamic, Sampled, chain, parse_shape, static_tree
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.sampling import Row, Sampler
@@ -65,10 +72,9 @@ def test_dynamic_tree_holds_the_most_probable_paths():
         seconds = {}
         for t in first.topk(12).indices.tolist():
             token = head.to_target(torch.tensor([[t]]))
-            seen = torch.ones(1, 1, 1, dtype=torch.bool)
-            hidden, _ = drafter._forward(
-                drafter.hidden[:, None], token, torch.zeros(1, 1, dtype=torch.long), seen, 1
-            )
+            itself = torch.ones(1, 1, 1, dtype=torch.bool)
+            mask = tree_mask(drafter.cache.lengths, drafter.cache.start, itself, torch.float64)
+            hidden, _ = drafter._forward(drafter.hidden[:, None], token, 0, mask, 1)
             drafter.cache.rollback()
             inner = head.logits(hidden).float().log_softmax(-1)[0, 0]
             for u in inner.topk(12).indices.tolist():
