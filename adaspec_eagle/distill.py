@@ -52,6 +52,8 @@ from adaspec_eagle.unroll import Batch, needed, step_masks, step_states, supervi
 from adaspec_eagle.watch import Watch, frequency_bands
 from adaspec_eagle.zero import split_frozen, zero_stage
 
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, less their whole parts, lie evenly in [0, 1)
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -63,6 +65,11 @@ class Objective:
     unroll: int = 3  # S
     decay: float = 0.8  # weight of step s: decay^s
     mask_oov: bool = False  # leave out tokens whose target argmax is outside the draft vocabulary
+    shallow: float = 0.0  # share of the optimiser steps that unroll once only
+
+    def at(self, step: int) -> "Objective":
+        """The objective of an optimiser step: this one, or its first unroll step alone."""
+        return replace(self, unroll=1) if step * GOLDEN % 1 < self.shallow else self
 
     @property
     def needs_full(self) -> bool:
@@ -455,7 +462,8 @@ class Distiller(Trainer):
 
         No micro-batches for a run that was resumed behind its last step, inside an epoch.
         """
-        objective, window = self.objective, []
+        window: list[dict[str, Any]] = []
+        objective = self.student.objective = self.objective.at(self.state.global_step)
         if 0 < self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
             return [], torch.zeros(objective.unroll)
@@ -531,8 +539,10 @@ class Distiller(Trainer):
         if reference is None and other is not None:
             averaged = other is self.student.average  # in float32, as the head that is trained
             with self.accelerator.autocast() if averaged else nullcontext():
-                found = step_losses(other, self.objective, batch, inputs["tokens"])
+                found = step_losses(other, self.student.objective, batch, inputs["tokens"])
             reference = found.distilled
+        if reference is not None:
+            reference = reference[: len(losses.distilled)]  # one known beforehand has all steps
         stats = TokenStats(
             losses.distilled.detach(),
             inputs["mask"],

@@ -30,10 +30,18 @@ from adaspec_eagle.record import environment, sha256, write_json
 from adaspec_eagle.selection import needs
 from adaspec_eagle.storage import read_json
 from adaspec_eagle.targets import Target
-from adaspec_eagle.train import TrainConfig, Workshop, filled, kind_of, read_records, run_training
+from adaspec_eagle.train import (
+    TrainConfig,
+    Workshop,
+    filled,
+    kind_of,
+    read_records,
+    run_training,
+    unrolling,
+)
 
 BACKWARD = 2  # a backward pass costs two forward passes
-RELATED = ("head", "unroll", "draft_vocab", "train_output", "data", "max_length", "held_back",
+RELATED = ("head", "draft_vocab", "train_output", "data", "max_length", "held_back",
            "init", "gradient_checkpointing")  # fmt: skip
 OF_TASKS = ("max_length",)  # what a task may say over every arm: it costs no FLOPs
 GIVEN = ("target", "seed", "take", "dtype", "device", "attn", "reference_epochs")  # not an arm's
@@ -41,7 +49,9 @@ NAME = re.compile(r"[\w.+-]+")  # of an arm: it names files
 
 FLOPS = (
     "head FLOPs in forward passes of the arm's own head over one answer token of the training "
-    "data: 3 a token and epoch (forward 1, backward 2); AdaSPEC's reference stage the same, and 1 "
+    "data, unrolled as often as its kind does by itself (EAGLE-3: 3 times): 3 a token and epoch "
+    "(forward 1, backward 2), in proportion where it is unrolled more or less often, as in "
+    "--shallow steps; AdaSPEC's reference stage the same, and 1 "
     "for the reference head's losses, which are computed once (in every epoch with --on-policy and "
     "--features recompute); a moving average 1 a token and epoch; an answer that the head writes 2 "
     "a token. An arm with data of its own makes as many passes over answer tokens as it would over "
@@ -94,13 +104,22 @@ class Plan:
         found = self._each(name) * own
         found += 2 * config_of(arm, {}).on_policy * max(0, math.ceil(own) - 1)
         if arm.reference:
-            found += min(1.0, own) if self._scored_once(name) else own
+            found += self._scoring(name) * (min(1.0, own) if self._scored_once(name) else own)
             found += self.cost(arm.reference, epochs)
         return found
 
-    def _each(self, name: str) -> int:
+    def _each(self, name: str) -> float:
         """What an epoch costs, the reference head's part left out."""
-        return 1 + BACKWARD + ("average" in needs(config_of(self.arms[name], {}).selection))
+        config = config_of(self.arms[name], {})
+        unroll, shallow = unrolling(config)
+        steps = shallow + (1 - shallow) * unroll  # on average
+        passes = 1 + BACKWARD + ("average" in needs(config.selection))
+        return passes * steps / head_class(config.head).default_unroll
+
+    def _scoring(self, name: str) -> float:
+        """What the reference head's losses cost an epoch."""
+        config = config_of(self.arms[name], {})
+        return unrolling(config)[0] / head_class(config.head).default_unroll
 
     def _scored_once(self, name: str) -> bool:
         """Whether the reference head's losses are kept; else they are computed in every epoch."""
@@ -116,8 +135,9 @@ class Plan:
         if not arm.reference:
             return left / each
         left -= self.cost(arm.reference, epochs)
-        made = left / (each + 1)  # where every epoch scores with the reference head, too
-        return max(made, (left - 1) / each) if self._scored_once(name) else made
+        scoring = self._scoring(name)
+        made = left / (each + scoring)  # where every epoch scores with the reference head, too
+        return max(made, (left - scoring) / each) if self._scored_once(name) else made
 
     def check(self) -> None:
         """Raise UserError where arms cannot be what they say."""
@@ -132,6 +152,13 @@ class Plan:
                 )
             if arm.match and ("epochs" in arm.config or config.on_policy):
                 raise UserError(f"arm {name}: `match` sets the epochs, and knows no on_policy")
+            if arm.reference:
+                theirs = config_of(self.arms[arm.reference], {})
+                if unrolling(config)[0] != unrolling(theirs)[0]:
+                    raise UserError(
+                        f"arms {name} and {arm.reference} differ in unroll: a reference "
+                        "head's losses are those of the same unroll steps"
+                    )
             for other in filter(None, (arm.reference, arm.match)):
                 theirs = config_of(self.arms[other], {})
                 for key in RELATED:
@@ -374,7 +401,7 @@ def _check_arms(plan: Plan, cells: Sequence[Cell], settings: GridSettings) -> No
     for name in dict.fromkeys(cell.arm for cell in cells):
         config = config_of(plan.arms[name], {"epochs": plan.epochs(name, settings.epochs)})
         kind = head_class(config.head)
-        deepest = config.unroll or kind.default_unroll
+        deepest = unrolling(config)[0]
         if not kind.reads_tokens and settings.depth > deepest:
             raise UserError(
                 f"arm {name}: its head drafts {deepest} tokens deep; give --depth {deepest}, or "

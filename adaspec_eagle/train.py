@@ -42,7 +42,11 @@ from adaspec_eagle.selection import check_selection, needs, parse_keep
 from adaspec_eagle.targets import ATTENTIONS, DEFAULT_TARGET, Target, default_device, describe
 from adaspec_eagle.zero import SplitTarget, gathered, zero_stage
 
-METHODS = {"adaspec": "adaspec", "distillspec": "none"}  # preset -> selection
+METHODS: dict[str, dict[str, Any]] = {  # preset -> what it says where nothing else does
+    "adaspec": {"select": "adaspec"},
+    "distillspec": {"select": "none"},
+    "mixed": {"select": "none", "shallow": 0.75},
+}
 SCHEDULES = {  # of the learning rate, behind its warm-up -> as the Trainer calls it
     "cosine": "cosine",
     "linear": "linear",
@@ -67,6 +71,7 @@ class TrainConfig:
     start: str = "target"  # fresh weights: the target's last layer where it fits, or random
     head: str = "eagle3"
     unroll: int | None = None  # None: what the head asks for
+    shallow: float | None = None  # share of steps that unroll once only; None: by method, or none
     decay: float = 0.8
     draft_vocab: int | None = None  # None: what the head asks for
     train_output: bool = False
@@ -121,6 +126,8 @@ class TrainConfig:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: must be at least 0 and below 2**32")
+        if self.shallow is not None and not 0 <= self.shallow <= 1:
+            raise UserError(f"--shallow {self.shallow:g}: a share of the steps, from 0 to 1")
         self._check_on_policy()
         for name in self.report_to:
             if name not in (there := get_available_reporting_integrations()):
@@ -158,7 +165,7 @@ class TrainConfig:
     @property
     def selection(self) -> str:
         """The selection in force."""
-        return self.select or METHODS[self.method]
+        return self.select or METHODS[self.method]["select"]
 
 
 def kind_of(option: Field) -> type:
@@ -228,6 +235,7 @@ def run_training(
     assert config.draft_vocab is not None
     assert config.loss is not None
     assert config.unroll is not None
+    assert config.shallow is not None
     given = _given_heads(config, target)
     sizes = HeadConfig.for_target(
         config.head,
@@ -247,6 +255,7 @@ def run_training(
         config.unroll,
         config.decay,
         config.mask_oov,
+        config.shallow,
     )
     reference = None
     if "reference" in needs(config.selection):
@@ -257,15 +266,34 @@ def run_training(
 def filled(config: TrainConfig, target: Target) -> TrainConfig:
     """The same with what it leaves to the head, the target and the optimiser."""
     kind, optimizer = head_class(config.head), _optimizer(config)
+    unroll, shallow = unrolling(config)
     return replace(
         config,
         dtype=str(target.dtype).removeprefix("torch."),
         optimizer=optimizer,
         lr=config.lr or OPTIMIZERS[optimizer],
         loss=config.loss or kind.default_loss,
-        unroll=config.unroll or kind.default_unroll,
+        unroll=unroll,
+        shallow=shallow,
         draft_vocab=config.draft_vocab or kind.default_draft_vocab or target.vocab_size,
     )
+
+
+def unrolling(config: TrainConfig) -> tuple[int, float]:
+    """(unroll steps, share of optimiser steps that unroll once only), as they will be.
+
+    Raises UserError for a head that has nothing to leave out.
+    """
+    kind, preset = head_class(config.head), METHODS[config.method]
+    unroll = config.unroll or kind.default_unroll
+    shallow = preset.get("shallow", 0.0) if config.shallow is None else config.shallow
+    if shallow and (unroll == 1 or not kind.reads_tokens):
+        raise UserError(
+            f"--method {config.method} with --shallow {shallow:g} leaves out unroll steps on the "
+            f"head's own hidden states, which a {config.head} head does not have with --unroll "
+            f"{unroll}: take --method distillspec"
+        )
+    return unroll, shallow
 
 
 def _optimizer(config: TrainConfig) -> str:

@@ -52,7 +52,7 @@ class Watch:
     def add(self, tokens: Tensor, mask: Tensor, chosen: Tensor) -> None:
         """One micro-batch: the target's tokens `[M]`, which count and which are kept `[S, M]`."""
         bands = self.bands[tokens]  # [M]
-        for step in range(self.steps):
+        for step in range(len(mask)):  # fewer than all where an optimiser step unrolls less
             for sums, marks in ((self.seen, mask), (self.kept, chosen)):
                 sums[step] += torch.bincount(bands[marks[step]], minlength=sums.shape[1])
 

@@ -23,7 +23,7 @@ HELP = {
     "target": f"one of {', '.join(ALIASES)}; a hub id; a folder",
     "data": "JSON Lines of answers (make_data.py); without it the target writes them itself",
     "tokens": "answer tokens to write where no --data is given",
-    "method": f"preset of --select and stages: {', '.join(METHODS)}",
+    "method": f"preset of --select and --shallow: {', '.join(METHODS)}",
     "loss": f"{', '.join(LOSSES)}, feature; a sum fkl=1,tv=0.5; or path.py:name (by the head)",
     "select": f"{', '.join(SELECTIONS)}, or path.py:name; by default as the method says",
     "keep": "the fraction k of tokens that a selection trains on",
@@ -34,6 +34,7 @@ HELP = {
     "target's first layers; a dotted module or a path.py",
     "unroll": "training steps on the head's own hidden states (eagle3 3, eagle1 1); medusa: "
     "blocks (4)",
+    "shallow": "share of the optimiser steps that unroll once only, for an --unroll-th of the work",
     "decay": "weight of step s is decay^s",
     "draft_vocab": "size of the draft vocabulary",
     "train_output": "output rows of the head's own instead of the target's, frozen",

@@ -27,6 +27,7 @@ from adaspec_eagle.contrasts import (
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.grid import (
     Cell,
+    CellArm,
     GridSettings,
     Plan,
     cells_of,
@@ -97,6 +98,19 @@ def test_budgets_are_matched_by_head_flops(plan):
             assert other.cost("held", epochs) == pytest.approx(plan.cost("equal", epochs))
 
 
+def test_unroll_steps_that_are_left_out_or_added_count_by_their_share(plan):
+    """In units of three unroll steps."""
+    mixed = CellArm("mixed", {"method": "mixed", "draft_vocab": 60}, match="adaspec")
+    deep = CellArm("deep", {"method": "distillspec", "unroll": 5})
+    reference = CellArm("reading", {"unroll": 5, "shallow": 0.5}, reference="deep")
+    other = Plan(plan.arms | {"mixed": mixed, "deep": deep, "reading": reference}, plan.primary)
+    other.check()
+    assert other.epochs("mixed", 3) == pytest.approx(19 / 1.5)  # 1, 1, 1 and 3 unroll steps
+    assert other.cost("mixed", 3) == pytest.approx(19)
+    assert other.cost("deep", 3) == pytest.approx(15)
+    assert other.cost("reading", 3) == pytest.approx(15 + 5 / 3 + 9)
+
+
 def test_cells_go_seed_by_seed(plan):
     cells = cells_of(plan, ["a", "b"], 2)
     assert cells[:4] == [Cell("a", name, 0) for name in plan.arms]
@@ -111,7 +125,7 @@ def test_cells_go_seed_by_seed(plan):
         ("draft_vocab", "draft_vocabulary", "no setting"),
         ("[adaspec, equal]", "[adaspec, other]", "no arm 'other'"),
         ("match: adaspec}", "match: adaspec, epochs: 2}", "sets the epochs"),
-        ("match: adaspec}", "match: adaspec, unroll: 2}", "differ in unroll"),
+        ("reference: distillspec", "reference: distillspec, unroll: 2", "differ in unroll"),
         ("match: adaspec}", "match: adaspec, max_length: 99}", "differ in max_length"),
         ("lr: 0.02", "lr: 2e-2", "lr '2e-2' is text"),
         ("{select: adaspec-ema}", "{select: adaspec-ema, seed: 3}", "seed is the grid's"),

@@ -386,6 +386,34 @@ def test_batches_hold_every_record_once_and_follow_from_seed_and_epoch():
     assert list(sampler) != first
 
 
+def test_shallow_steps_come_as_often_as_said_and_evenly():
+    objective = Objective(unroll=5, shallow=0.75)
+    depths = [objective.at(step).unroll for step in range(400)]
+    assert set(depths) == {1, 5}
+    assert all(abs(depths[first : first + 40].count(1) - 30) <= 1 for first in range(0, 400, 40))
+    assert all(Objective(shallow=0).at(step) == Objective() for step in range(50))
+    assert all(Objective(shallow=1).at(step).unroll == 1 for step in range(50))
+
+
+@pytest.mark.parametrize("selection", ["none", "adaspec", "adaspec-ema", "reach"])
+def test_a_shallow_step_trains_the_first_unroll_step_alone(tmp_path, selection):
+    """Its gradient is that of an objective of one step; reference losses have all steps or one."""
+    k, reads = Decimal("0.4"), "reference" in needs(selection)
+    wanted = trained_gradients(tmp_path, 4, 2, Objective(select=selection, keep=k, unroll=1), reads)
+    shallow = Objective(select=selection, keep=k, unroll=3, shallow=1.0)
+    for known in (False, True)[: 1 + reads]:
+        found = trained_gradients(tmp_path, 4, 2, shallow, reads, known=known)
+        for weight in wanted:
+            torch.testing.assert_close(found[weight], wanted[weight], rtol=1e-9, atol=1e-12)
+
+
+def test_after_a_shallow_step_all_unroll_steps_are_evaluated(tmp_path):
+    target = tiny_target()
+    trainer = distiller(tmp_path, tiny_head(target).train(), target, Objective(shallow=1.0))
+    trainer.train()
+    assert "eval_match_2" in trainer.evaluate()
+
+
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_every_selection_trains(tmp_path, name):
     objective = Objective(select=name, unroll=2)

@@ -21,7 +21,7 @@ from adaspec_eagle.features import target_rows
 from adaspec_eagle.head import built_in_heads, read_config
 from adaspec_eagle.prepare import draft_vocab, split_records
 from adaspec_eagle.targets import Target
-from adaspec_eagle.train import TrainConfig, Workshop, epochs_made, kind_of, run_training
+from adaspec_eagle.train import TrainConfig, Workshop, epochs_made, kind_of, run_training, unrolling
 from scripts import train_head
 from tests.records import answers_file, record
 from tests.tiny import ARCHITECTURES, tiny_head, tiny_model, tiny_target, tiny_target_folder
@@ -185,11 +185,12 @@ def test_where_features_are_kept_changes_nothing(folder, tmp_path, mode):
         {"head": "medusa"},
         {"train_output": True},
         {"mask_oov": True},
+        {"method": "mixed"},
         {"gradient_checkpointing": True, "accumulate": 2, "attn": "eager"},
     ],
 )
 def test_variants_train(folder, tmp_path, changes):
-    made = run_training(options(folder, method="distillspec", **changes), tmp_path / "out")
+    made = run_training(options(folder, **{"method": "distillspec"} | changes), tmp_path / "out")
     head = load_head(made)
     assert head.config.head == changes.get("head", "eagle3")
     assert ("lm_head.weight" in head.state_dict()) == changes.get("train_output", False)
@@ -342,6 +343,7 @@ def test_defaults_of_the_script_are_those_of_the_config():
     ("changes", "words"),
     [
         ({"method": "magic"}, "adaspec, distillspec"),
+        ({"shallow": 1.5}, "--shallow 1.5"),
         ({"loss": "l7"}, "fkl"),
         ({"keep": "0"}, "outside"),
         ({"epochs": 0}, "above 0"),
@@ -362,6 +364,31 @@ def test_defaults_of_the_script_are_those_of_the_config():
 def test_bad_options_are_named(changes, words):
     with pytest.raises(UserError, match=words):
         TrainConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, (3, 0.0)),
+        ({"method": "mixed"}, (3, 0.75)),
+        ({"method": "mixed", "unroll": 5, "shallow": 0.5}, (5, 0.5)),
+        ({"method": "mixed", "select": "adaspec"}, (3, 0.75)),
+        ({"head": "eagle1"}, (1, 0.0)),
+        ({"head": "eagle1", "unroll": 2, "shallow": 0.5}, (2, 0.5)),
+        ({"head": "medusa", "unroll": 2}, (2, 0.0)),
+        ({"head": "eagle1", "method": "mixed"}, None),
+        ({"head": "medusa", "method": "mixed"}, None),
+        ({"head": "lm:layers=2", "method": "mixed"}, None),
+        ({"unroll": 1, "shallow": 0.5}, None),
+    ],
+)
+def test_a_method_says_how_heads_that_feed_on_themselves_are_unrolled(changes, wanted):
+    config = TrainConfig(**changes)
+    if wanted is None:
+        with pytest.raises(UserError, match="take --method distillspec"):
+            unrolling(config)
+    else:
+        assert unrolling(config) == wanted
 
 
 def test_self_written_answers_behind_long_prompts_are_left_out(tmp_path, monkeypatch, capsys):
