@@ -373,12 +373,8 @@ class Drafter:
         deepest = min(shape.depth, self.head.deepest or shape.depth)
         none = torch.zeros(b, 1, dtype=torch.long, device=device)  # the root is candidate 0
         # Of the V nodes whose children come next: hidden states, logits, scores, places.
-        hidden, logits, score, index = (
-            self.hidden[:, None],
-            self.logits[:, None],
-            none.float(),
-            none,
-        )
+        hidden, logits = self.hidden[:, None], self.logits[:, None]
+        score, index = none.float(), none
         tokens, scores, parents = [none], [score], list[Tensor]()
         past, seen = self._masks()
         for depth in range(1, deepest + 1):

@@ -198,10 +198,9 @@ class Sampler:
             rows.append([len(path), _depth(parents[place]), finite[place], *new])
             rest = [0] * (depth + 1 - len(path))
             found.append([len(path), bonus[place], *path, *rest, *new, *rest])
-        length, last, *both = torch.tensor(found, device=logits.device).split(
-            [1, 1, depth + 1, depth + 1], 1
-        )
-        return Verdict(both[0], length[:, 0], last[:, 0], both[1]), rows
+        made = torch.tensor(found, device=logits.device)
+        length, own, *both = made.split([1, 1, depth + 1, depth + 1], 1)
+        return Verdict(both[0], length[:, 0], own[:, 0], both[1]), rows
 
     def _target_tokens(
         self,
