@@ -385,6 +385,7 @@ def draw_forest(axes: Any, lines: list[tuple[str, Figures]]) -> None:
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.spines["left"].set_visible(False)
     axes.set_ylim(max(len(lines), 1) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=5)  # long numbers
 
 
 # ---- one round's tree ----------------------------------------------------------------------------
