@@ -222,7 +222,7 @@ def run_training(
     with main_first():
         config = _settle(config, out, resume)
     config.device = device or config.device
-    head_class(config.head)  # an unknown one is refused before the target is loaded
+    unrolling(config)  # an unknown head, and what it cannot do, before the target is loaded
     if workshop is None:
         more = {"attn_implementation": config.attn} if config.attn else {}
         target = Target.load(config.target, config.dtype, config.device, **more)
