@@ -20,7 +20,7 @@ from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.packed import packing
 from adaspec_eagle.sampling import DRAFT, Sampler, draw
-from adaspec_eagle.tree import DraftTree, select_nodes
+from adaspec_eagle.tree import DraftTree, node_depths, select_nodes
 
 # Assumed acceptance by rank among a node's children, for the default static tree.
 RANK_RATES = (0.55, 0.14, 0.07, 0.045, 0.03, 0.02)
@@ -41,10 +41,7 @@ class Static:
     @property
     def depths(self) -> list[int]:
         """Depth of each node."""
-        depths = [0]
-        for parent in self.parents[1:]:
-            depths.append(depths[parent] + 1)
-        return depths
+        return node_depths(self.parents)
 
     sampled: ClassVar[bool] = False
 
@@ -329,10 +326,9 @@ class Drafter:
                 scores[:, level.nodes] = own + scores[:, plan.parents[level.nodes]]
             if depth == len(plan.levels):
                 break
-            mask = _level_mask(past, seen[:, level.grown_above])
+            mask, seen = _level_masks(past, seen[:, level.grown_above])
             hidden, grown = hidden[:, level.grown_above], tokens[:, level.grown]
             hidden, logits = self._forward(hidden, grown, depth - 1, mask, depth)
-            seen = mask[:, 0, :, past.shape[-1] :]
         return DraftTree(tokens, plan.parents.expand(b, -1), plan.depths.expand(b, -1), scores)
 
     def _grow_sampled(self, shape: Sampled, sampler: Sampler) -> tuple[DraftTree, list[Tensor]]:
@@ -353,10 +349,10 @@ class Drafter:
             drafts.append(q if ids is None else whole.index_copy_(1, ids, q))
             if depth == shape.depth:
                 break
-            mask = _level_mask(past, seen)
+            mask, seen = _level_masks(past, seen)
             token = tokens[-1][:, None]
             hidden, level = self._forward(hidden, token, depth - 1, mask, depth)
-            seen, logits = mask[:, 0, :, past.shape[-1] :], level[:, 0]
+            logits = level[:, 0]
         steps = torch.arange(shape.depth + 1, device=device)
         tree = DraftTree(
             torch.stack(tokens, 1), (steps - 1).clamp(min=0).expand(b, -1), steps.expand(b, -1)
@@ -394,9 +390,8 @@ class Drafter:
             token, index = tokens[-1].gather(1, place), place + first
             above = torch.div(place, width, rounding_mode="floor")
             hidden, seen = _picked(above, hidden, seen)
-            mask = _level_mask(past, seen)
+            mask, seen = _level_masks(past, seen)
             hidden, logits = self._forward(hidden, token, depth - 1, mask, depth)
-            seen = mask[:, 0, :, past.shape[-1] :]
         self.depth = len(parents)
         depths = _depths(tuple(part.shape[1] for part in tokens), device)  # [M]
         # A child stays strictly below its parent, so that a chosen node's parent is chosen too.
@@ -449,26 +444,26 @@ def _picked(index: Tensor, *states: Tensor) -> list[Tensor]:
     return [x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (b, -1)) for x in states]
 
 
-def _level_mask(past: Tensor, seen: Tensor) -> Tensor:
+def _level_masks(past: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """The additive mask of a level's nodes: history, nodes above, the level's own columns.
 
-    past `[B, 1, 1, T]`, seen `[B, W, M]`; `[B, 1, W, T + M + W]`.
+    past `[B, 1, 1, T]`, seen `[B, W, M]`; `[B, 1, W, T + M + W]`, and what of it is no history,
+    `[B, W, M + W]`: `seen` for the level below.
     """
     b, w, _ = seen.shape
     itself = _itself(w, seen.dtype, seen.device).expand(b, -1, -1, -1)
-    return torch.cat([past.expand(-1, -1, w, -1), seen[:, None], itself], dim=-1)
+    mask = torch.cat([past.expand(-1, -1, w, -1), seen[:, None], itself], dim=-1)
+    return mask, mask[:, 0, :, past.shape[-1] :]
 
 
-@lru_cache(maxsize=64)
 def _itself(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The additive mask `[1, 1, W, W]` of nodes that see themselves; not to be written to."""
+    """The additive mask `[1, 1, W, W]` of nodes that see themselves."""
     nobody = torch.zeros(1, dtype=torch.long, device=device)
     return tree_mask(nobody, 0, torch.eye(width, dtype=torch.bool, device=device)[None], dtype)
 
 
-@lru_cache(maxsize=64)
 def _pairs(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Places of new pairs `[P]`, each seeing those before it `[P, P]`; not to be written to."""
+    """Places of new pairs `[P]`, each seeing those before it `[P, P]`."""
     places = torch.arange(count, device=device)
     return places, places[None, :] <= places[:, None]
 

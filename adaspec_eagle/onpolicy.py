@@ -144,7 +144,7 @@ class _Text:
         mask = tree_mask(cache.lengths, cache.start, causal, target.dtype)
         with packing(target.model).active():
             out = target.forward(block, positions, mask, cache, self.layers, logits=False)
-        cache.commit(steps.expand_as(block), torch.full_like(self.sizes, len(steps)), self.longest)
+        cache.commit_prefix(torch.full_like(self.sizes, len(steps)), self.longest)
         pairs = torch.cat([self.last, out.features[:, :-1]], 1)
         self.last = out.features[:, -1:]
         return pairs

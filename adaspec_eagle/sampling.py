@@ -29,7 +29,7 @@ from transformers import (
 
 from adaspec_eagle.attention import exact_dtype
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.tree import DraftTree
+from adaspec_eagle.tree import DraftTree, node_depths
 from adaspec_eagle.verify import Verdict
 
 ANY_HISTORY = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -195,7 +195,7 @@ class Sampler:
         rows, found = [], []
         for place, path in enumerate(paths):
             new = [*(tokens[place][n] for n in path[1:]), bonus[place]]
-            rows.append([len(path), _depth(parents[place]), finite[place], *new])
+            rows.append([len(path), max(node_depths(parents[place])), finite[place], *new])
             rest = [0] * (depth + 1 - len(path))
             found.append([len(path), bonus[place], *path, *rest, *new, *rest])
         made = torch.tensor(found, device=logits.device)
@@ -346,14 +346,6 @@ def _child(tokens: list[int], parents: list[int], node: int, token: int) -> int:
     """The child of a tree's node that has this token; 0 where there is none."""
     later = range(node + 1, len(tokens))
     return next((n for n in later if parents[n] == node and tokens[n] == token), 0)
-
-
-def _depth(parents: list[int]) -> int:
-    """The depth of a tree's deepest node."""
-    depths = [0]
-    for parent in parents[1:]:
-        depths.append(depths[parent] + 1)
-    return max(depths)
 
 
 def within_nucleus(scores: Tensor, top_p: Tensor | float) -> Tensor:

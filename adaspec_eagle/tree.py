@@ -3,6 +3,7 @@
 Legend: B rows, N nodes, D depth.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,14 @@ def lone_root(tokens: Tensor) -> DraftTree:
     """The tree of plain decoding: the last token `[B]` and no draft."""
     zero = torch.zeros_like(tokens)[:, None]  # [B, 1]
     return DraftTree(tokens[:, None], zero, zero)
+
+
+def node_depths(parents: Sequence[int]) -> list[int]:
+    """Depth of each node of a tree, from parents as in DraftTree."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    return depths
 
 
 def ancestor_mask(parents: Tensor, depth: int) -> Tensor:
