@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adaspec_eagle.attention import tree_mask
+from adaspec_eagle.attention import hide, tree_mask
 from adaspec_eagle.auto import Costs, Planner
 from adaspec_eagle.cache import TreeCache
 from adaspec_eagle.compiled import head_call
@@ -257,6 +257,7 @@ class Drafter:
         self.least = torch.full((), LEAST_LOGP, device=head.embed_rows.device)
         self.cache = TreeCache(head.cached_layers, capacity)
         self.plan: Plan | None = None  # of a static shape, made once
+        self.itself = self.least.new_zeros(1, 1, 0, 0)  # mask of nodes that see themselves, so far
         self.hidden: Tensor  # [B, H] at the last pair, from the prefill on
         self.logits: Tensor  # [B, Vd] for the first draft token
 
@@ -326,7 +327,7 @@ class Drafter:
                 scores[:, level.nodes] = own + scores[:, plan.parents[level.nodes]]
             if depth == len(plan.levels):
                 break
-            mask, seen = _level_masks(past, seen[:, level.grown_above])
+            mask, seen = self._level_masks(past, seen[:, level.grown_above])
             hidden, grown = hidden[:, level.grown_above], tokens[:, level.grown]
             hidden, logits = self._forward(hidden, grown, depth - 1, mask, depth)
         return DraftTree(tokens, plan.parents.expand(b, -1), plan.depths.expand(b, -1), scores)
@@ -349,7 +350,7 @@ class Drafter:
             drafts.append(q if ids is None else whole.index_copy_(1, ids, q))
             if depth == shape.depth:
                 break
-            mask, seen = _level_masks(past, seen)
+            mask, seen = self._level_masks(past, seen)
             token = tokens[-1][:, None]
             hidden, level = self._forward(hidden, token, depth - 1, mask, depth)
             logits = level[:, 0]
@@ -390,7 +391,7 @@ class Drafter:
             token, index = tokens[-1].gather(1, place), place + first
             above = torch.div(place, width, rounding_mode="floor")
             hidden, seen = _picked(above, hidden, seen)
-            mask, seen = _level_masks(past, seen)
+            mask, seen = self._level_masks(past, seen)
             hidden, logits = self._forward(hidden, token, depth - 1, mask, depth)
         self.depth = len(parents)
         depths = _depths(tuple(part.shape[1] for part in tokens), device)  # [M]
@@ -419,6 +420,20 @@ class Drafter:
         past = tree_mask(self.cache.lengths, self.cache.start, none.bool(), none.dtype)
         return past, none
 
+    def _level_masks(self, past: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """The additive mask of a level's nodes: history, nodes above, the level's own columns.
+
+        past `[B, 1, 1, T]`, seen `[B, W, M]`; `[B, 1, W, T + M + W]`, and what of it is no history,
+        `[B, W, M + W]`: `seen` for the level below.
+        """
+        b, w, _ = seen.shape
+        if w > self.itself.shape[-1]:
+            eye = torch.eye(w, dtype=torch.bool, device=seen.device)
+            self.itself = hide(seen.new_zeros(1, 1, w, w), eye[None])
+        itself = self.itself[:, :, :w, :w].expand(b, -1, -1, -1)
+        mask = torch.cat([past.expand(-1, -1, w, -1), seen[:, None], itself], dim=-1)
+        return mask, mask[:, 0, :, past.shape[-1] :]
+
     def _forward(
         self, hidden: Tensor, tokens: Tensor, ahead: Tensor | int, mask: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
@@ -442,24 +457,6 @@ def _picked(index: Tensor, *states: Tensor) -> list[Tensor]:
     if b > 1:
         index = index + torch.arange(0, b * t, t, device=index.device)[:, None]
     return [x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (b, -1)) for x in states]
-
-
-def _level_masks(past: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """The additive mask of a level's nodes: history, nodes above, the level's own columns.
-
-    past `[B, 1, 1, T]`, seen `[B, W, M]`; `[B, 1, W, T + M + W]`, and what of it is no history,
-    `[B, W, M + W]`: `seen` for the level below.
-    """
-    b, w, _ = seen.shape
-    itself = _itself(w, seen.dtype, seen.device).expand(b, -1, -1, -1)
-    mask = torch.cat([past.expand(-1, -1, w, -1), seen[:, None], itself], dim=-1)
-    return mask, mask[:, 0, :, past.shape[-1] :]
-
-
-def _itself(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The additive mask `[1, 1, W, W]` of nodes that see themselves."""
-    nobody = torch.zeros(1, dtype=torch.long, device=device)
-    return tree_mask(nobody, 0, torch.eye(width, dtype=torch.bool, device=device)[None], dtype)
 
 
 def _pairs(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
