@@ -60,7 +60,8 @@ def tree_mask(lengths: Tensor, start: int, ancestors: Tensor, dtype: torch.dtype
     """
     b, n, m = ancestors.shape
     mask = torch.zeros(b, 1, n, start + m, dtype=dtype, device=lengths.device)
-    hide(mask[..., start:], ancestors)
+    if m:
+        hide(mask[..., start:], ancestors)
     if b > 1:
         columns = torch.arange(start, device=lengths.device)
         history = columns[None, None, :] < lengths[:, None, None]  # [B, 1, start]

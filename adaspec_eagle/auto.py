@@ -243,7 +243,8 @@ class Planner:
         gains = [share * sum(map(math.exp, rank)) for rank in zip(*beam.tolist(), strict=True)]
         if not self._deeper(depth, sum(gains)):
             return 0
-        return max(1, sum(trust * gain > self.rate * self.node for gain in gains))
+        least = self.rate * self.node
+        return max(1, sum(trust * gain > least for gain in gains))
 
     def _deeper(self, depth: int, reach: float) -> bool:
         """Whether a level below `depth` pays, where so many rows are expected to get to `depth`."""

@@ -68,9 +68,7 @@ class TreeCache(Cache):
         """
         assert self.buffer is not None
         if len(path) == 1:  # the history ends where the scratch begins: a plain copy forward
-            size = path.shape[1]
-            moved = self.buffer.index_select(-2, self.start + path[0])
-            self.buffer[..., self.start : self.start + size, :] = moved
+            self._move(path[0])
             return self._extend(length, longest)
         rows = torch.arange(path.shape[0], device=path.device)[:, None]  # [B, 1]
         steps = torch.arange(path.shape[1], device=path.device)[None]  # [1, P]
@@ -122,6 +120,17 @@ class TreeCache(Cache):
         self.lengths = self.lengths + length
         self.start = int(self.lengths.max()) if longest is None else longest
         self.used = 0
+
+    def _move(self, path: Tensor) -> None:
+        """Copy the only row's scratch columns `path` `[P]` to the first ones."""
+        assert self.buffer is not None
+        first = 0
+        if path.device.type == "cpu":  # elsewhere a look at the path would wait for the device
+            columns = path.tolist()
+            first = next((i for i, column in enumerate(columns) if i != column), len(columns))
+        if first < len(path):  # those before it are in place
+            moved = self.buffer.index_select(-2, self.start + path[first:])
+            self.buffer[..., self.start + first : self.start + len(path), :] = moved
 
     def _allocate(self, key: Tensor, value: Tensor) -> None:
         if key.shape != value.shape:

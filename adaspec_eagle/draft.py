@@ -257,7 +257,8 @@ class Drafter:
         self.least = torch.full((), LEAST_LOGP, device=head.embed_rows.device)
         self.cache = TreeCache(head.cached_layers, capacity)
         self.plan: Plan | None = None  # of a static shape, made once
-        self.itself = self.least.new_zeros(1, 1, 0, 0)  # mask of nodes that see themselves, so far
+        # What new columns see of each other, so far: themselves alone, or those before them, too.
+        self.itself = self.causal = self.least.new_zeros(1, 1, 0, 0)
         self.hidden: Tensor  # [B, H] at the last pair, from the prefill on
         self.logits: Tensor  # [B, Vd] for the first draft token
 
@@ -273,11 +274,15 @@ class Drafter:
 
     def advance(self, features: Tensor, tokens: Tensor, length: Tensor, longest: int) -> None:
         """Take in accepted pairs: features `[B, P, F H]`, next tokens `[B, P]`, counts `[B]`."""
-        steps, causal = _pairs(tokens.shape[1], tokens.device)
+        count = tokens.shape[1]
         with self.packing.active():
             fused = self.head.fuse(features)
-        causal = causal.expand(len(tokens), -1, -1)
-        mask = tree_mask(self.cache.lengths, self.cache.start, causal, fused.dtype)
+        if count > self.causal.shape[-1]:
+            before = torch.ones(count, count, dtype=torch.bool, device=fused.device).tril()
+            self.causal = hide(fused.new_zeros(1, 1, count, count), before[None])
+        past, none = self._masks()
+        mask = _beside(past, none.expand(-1, count, -1), self.causal[:, :, :count, :count])
+        steps = torch.arange(count, device=fused.device)
         hidden, logits = self._forward(fused, tokens, steps, mask, 0)
         self.cache.commit_prefix(length, longest + self.head.leading)
         self.hidden, self.logits = _at_last(length, hidden, logits)
@@ -295,15 +300,14 @@ class Drafter:
         drafts: list[Tensor] = []
         self.depth = self.shape.depth
         if isinstance(self.shape, Dynamic | Auto):
-            tree = self._grow_dynamic(self.shape)
+            tree = self._grow_dynamic(self.shape, root)
         elif isinstance(self.shape, Sampled):
             assert sampler is not None
-            tree, drafts = self._grow_sampled(self.shape, sampler)
+            tree, drafts = self._grow_sampled(self.shape, root, sampler)
         else:
             reads = self.head.reads_tokens
             self.plan = self.plan or make_plan(self.shape, self.hidden.device, reads)
-            tree = self._grow_static(self.plan, scored)
-        tree.tokens[:, 0] = root
+            tree = self._grow_static(self.plan, root, scored)
         self.cache.rollback()
         return tree, drafts
 
@@ -312,10 +316,10 @@ class Drafter:
         self.cache.keep(rows)
         self.hidden, self.logits = self.hidden[rows], self.logits[rows]
 
-    def _grow_static(self, plan: "Plan", scored: bool) -> DraftTree:
+    def _grow_static(self, plan: "Plan", root: Tensor, scored: bool) -> DraftTree:
         """Level by level; only nodes that have children go through the head."""
         b, device = self.logits.shape[0], self.logits.device
-        tokens = torch.zeros(b, len(plan.depths), dtype=torch.long, device=device)
+        tokens = root[:, None].repeat(1, len(plan.depths))
         scores = torch.zeros(b, len(plan.depths), device=device) if scored else None
         hidden, logits = self.hidden[:, None], self.logits[:, None]  # [B, W, H], [B, W, Vd]
         past, seen = self._masks()
@@ -332,11 +336,13 @@ class Drafter:
             hidden, logits = self._forward(hidden, grown, depth - 1, mask, depth)
         return DraftTree(tokens, plan.parents.expand(b, -1), plan.depths.expand(b, -1), scores)
 
-    def _grow_sampled(self, shape: Sampled, sampler: Sampler) -> tuple[DraftTree, list[Tensor]]:
+    def _grow_sampled(
+        self, shape: Sampled, root: Tensor, sampler: Sampler
+    ) -> tuple[DraftTree, list[Tensor]]:
         """Token by token, each drawn from what the head says behind the one before."""
         b, device = self.logits.shape[0], self.logits.device
         places, ids = list(range(b)), self.head.draft_ids
-        tokens = [torch.zeros(b, dtype=torch.long, device=device)]
+        tokens = [root]
         drafts: list[Tensor] = []
         hidden, logits = self.hidden[:, None], self.logits
         past, seen = self._masks()
@@ -360,19 +366,18 @@ class Drafter:
         )
         return tree, drafts
 
-    def _grow_dynamic(self, shape: Dynamic | Auto) -> DraftTree:
+    def _grow_dynamic(self, shape: Dynamic | Auto, root: Tensor) -> DraftTree:
         """Keep a beam of the most probable paths; rerank all candidates at the end (EAGLE-2).
 
         A planner stops growing where a further level does not pay, and says how many nodes do.
         """
-        b, device = self.logits.shape[0], self.logits.device
         width = min(shape.width, self.logits.shape[-1])
         deepest = min(shape.depth, self.head.deepest or shape.depth)
-        none = torch.zeros(b, 1, dtype=torch.long, device=device)  # the root is candidate 0
+        none = torch.zeros_like(root)[:, None]  # the root is candidate 0
         # Of the V nodes whose children come next: hidden states, logits, scores, places.
         hidden, logits = self.hidden[:, None], self.logits[:, None]
         score, index = none.float(), none
-        tokens, scores, parents = [none], [score], list[Tensor]()
+        tokens, scores, parents = [root[:, None]], [score], list[Tensor]()
         past, seen = self._masks()
         for depth in range(1, deepest + 1):
             logp, best = self._top(logits, width)  # [B, V, W] each
@@ -387,19 +392,20 @@ class Drafter:
                 wide = self.planner.wide(depth, score)  # it narrows to so many
                 if not wide:
                     break
-                score, place = score[:, :wide], place[:, :wide]
+                if wide < width:
+                    score, place = score[:, :wide], place[:, :wide]
             token, index = tokens[-1].gather(1, place), place + first
             above = torch.div(place, width, rounding_mode="floor")
-            hidden, seen = _picked(above, hidden, seen)
+            hidden, seen = picked(above, hidden, seen)
             mask, seen = self._level_masks(past, seen)
             hidden, logits = self._forward(hidden, token, depth - 1, mask, depth)
         self.depth = len(parents)
-        depths = _depths(tuple(part.shape[1] for part in tokens), device)  # [M]
+        depths, lower = _depths(tuple(part.shape[1] for part in tokens), root.device)  # [M] each
         # A child stays strictly below its parent, so that a chosen node's parent is chosen too.
-        ranked = torch.cat(scores, 1) - 1e-4 * depths  # [B, M]
+        ranked = torch.cat(scores, 1) - lower  # [B, M]
         values, chosen = ranked.topk(min(shape.nodes + 1, len(depths)), dim=1)
         if self.planner:
-            self.drafted = (values[:, 1:], depths[chosen[:, 1:]])
+            self.drafted = (values[:, 1:], depths.take(chosen[:, 1:]))
             chosen = chosen[:, : 1 + self.planner.nodes(*self.drafted)]
         above = torch.cat(parents, 1).repeat_interleave(width, dim=1)  # [B, M - 1]
         above = torch.cat([none, above], 1)
@@ -426,12 +432,11 @@ class Drafter:
         past `[B, 1, 1, T]`, seen `[B, W, M]`; `[B, 1, W, T + M + W]`, and what of it is no history,
         `[B, W, M + W]`: `seen` for the level below.
         """
-        b, w, _ = seen.shape
+        w = seen.shape[1]
         if w > self.itself.shape[-1]:
             eye = torch.eye(w, dtype=torch.bool, device=seen.device)
             self.itself = hide(seen.new_zeros(1, 1, w, w), eye[None])
-        itself = self.itself[:, :, :w, :w].expand(b, -1, -1, -1)
-        mask = torch.cat([past.expand(-1, -1, w, -1), seen[:, None], itself], dim=-1)
+        mask = _beside(past, seen, self.itself[:, :, :w, :w])
         return mask, mask[:, 0, :, past.shape[-1] :]
 
     def _forward(
@@ -447,25 +452,36 @@ class Drafter:
 
 def _at_last(length: Tensor, *states: Tensor) -> list[Tensor]:
     """Each row's states at its last pair: `[B]`, `[B, T, X]` each -> `[B, X]` each."""
+    if len(length) == 1:  # the only row is padded by none
+        return [part[:, -1] for part in states]
     last = (length - 1).clamp(min=0)  # rows at rest take in nothing; what they hold is unused
-    return [part[:, 0] for part in _picked(last[:, None], *states)]
+    return [part[:, 0] for part in picked(last[:, None], *states)]
 
 
-def _picked(index: Tensor, *states: Tensor) -> list[Tensor]:
+def picked(index: Tensor, *states: Tensor) -> list[Tensor]:
     """Each row's states at these places: `[B, W]`, `[B, T, X]` each -> `[B, W, X]` each."""
     b, t, _ = states[0].shape
-    if b > 1:
-        index = index + torch.arange(0, b * t, t, device=index.device)[:, None]
-    return [x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (b, -1)) for x in states]
+    if b == 1:
+        return [x.index_select(1, index[0]) for x in states]
+    index = (index + torch.arange(0, b * t, t, device=index.device)[:, None]).flatten()
+    return [x.flatten(0, 1).index_select(0, index).unflatten(0, (b, -1)) for x in states]
 
 
-def _pairs(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Places of new pairs `[P]`, each seeing those before it `[P, P]`."""
-    places = torch.arange(count, device=device)
-    return places, places[None, :] <= places[:, None]
+def _beside(past: Tensor, seen: Tensor, own: Tensor) -> Tensor:
+    """One additive mask of what new nodes see: history, earlier scratch, and of each other.
+
+    past `[B, 1, 1, T]`, seen `[B, W, M]`, own `[1, 1, W, W]`: `[B, 1, W, T + M + W]`.
+    """
+    b, w, _ = seen.shape
+    parts = past.expand(-1, -1, w, -1), seen[:, None], own.expand(b, -1, -1, -1)
+    return torch.cat(parts, dim=-1)
 
 
 @lru_cache(maxsize=64)
-def _depths(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """The depth of each candidate, 0 for the first `sizes[0]` and so on; not to be written to."""
-    return torch.cat([torch.full((n,), d) for d, n in enumerate(sizes)]).to(device)
+def _depths(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The depth of each candidate, 0 for the first `sizes[0]` and so on, and what ranks it lower.
+
+    Not to be written to.
+    """
+    depths = torch.cat([torch.full((n,), d) for d, n in enumerate(sizes)]).to(device)
+    return depths, 1e-4 * depths

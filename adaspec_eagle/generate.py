@@ -24,7 +24,7 @@ from transformers import (
 from adaspec_eagle.attention import tree_mask
 from adaspec_eagle.auto import Planner, costs_of
 from adaspec_eagle.compiled import check_compiler, decoding_mode, target_call
-from adaspec_eagle.draft import Auto, Drafter, Shape, check_shape, parse_shape
+from adaspec_eagle.draft import Auto, Drafter, Shape, check_shape, parse_shape, picked
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead
 from adaspec_eagle.packed import packing
@@ -395,7 +395,7 @@ class _Run:
             if not planner.pays():
                 self.drafter = None
         self._commit(verdict, moved, max(counts), features)
-        self.last = torch.where(moved > 0, verdict.bonus, self.last)
+        self.last = verdict.bonus if everyone else torch.where(moved > 0, verdict.bonus, self.last)
         new = [row[3 : 3 + count] for row, count in zip(host, counts, strict=True)]
         for b, goes_on in enumerate(running):
             if goes_on:
@@ -487,7 +487,7 @@ class _Run:
         self.cache.commit(path, moved, max(self.lengths))
         if not self.drafter:
             return
-        pairs = features.gather(1, path[:, :, None].expand(-1, -1, features.shape[-1]))
+        (pairs,) = picked(path, features)
         with self.clock.part("draft"):
             self.drafter.advance(pairs, tokens, moved, max(self.lengths))
 

@@ -58,13 +58,10 @@ def select_nodes(
     any order. Candidate 0 is the root, its own parent, and must be chosen; the others come after
     their parents, and a chosen node's parent must be chosen.
     """
-    b, k = chosen.shape
     chosen = chosen.sort(dim=1).values
-    place = torch.zeros_like(tokens)  # [B, M]: in the tree, of those that are chosen
-    place.scatter_(1, chosen, torch.arange(k, device=tokens.device).expand(b, k))
     return DraftTree(
         tokens.gather(1, chosen),
-        place.gather(1, parents.gather(1, chosen)),
-        depths[chosen],
+        torch.searchsorted(chosen, parents.gather(1, chosen)),  # places among the chosen
+        depths.take(chosen),
         scores.gather(1, chosen),
     )
