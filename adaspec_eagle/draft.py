@@ -253,7 +253,7 @@ class Drafter:
         self.drafted: tuple[Tensor, ...] = ()  # for the planner: candidates' scores, depths [B, K]
         self.depth = 0  # of the last tree
         self.packing = packing(head)
-        self.call = head_call(head, compiled)
+        self.fuse, self.call = head.fuse, head_call(head, compiled)
         self.least = torch.full((), LEAST_LOGP, device=head.embed_rows.device)
         self.cache = TreeCache(head.cached_layers, capacity)
         self.plan: Plan | None = None  # of a static shape, made once
@@ -276,7 +276,7 @@ class Drafter:
         """Take in accepted pairs: features `[B, P, F H]`, next tokens `[B, P]`, counts `[B]`."""
         count = tokens.shape[1]
         with self.packing.active():
-            fused = self.head.fuse(features)
+            fused = self.fuse(features)
         if count > self.causal.shape[-1]:
             before = torch.ones(count, count, dtype=torch.bool, device=fused.device).tril()
             self.causal = hide(fused.new_zeros(1, 1, count, count), before[None])

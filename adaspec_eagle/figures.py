@@ -37,6 +37,8 @@ DEFINITIONS = {
     "sha256": "of a prompt: the texts of its turns as a JSON list, UTF-8; of a source: its file",
     "seconds": "wall seconds by part; their sum is the arm's wall time; transformers' generate is "
     "split into prefill and rest only",
+    "forward_seconds": "arms of this package: seconds inside forwards of target and head, those of "
+    "prefill left out; what else there is of draft, verify and rest is the loop's own work",
     "peak_memory_bytes": "CUDA: peak allocated while the arm ran; CPU: peak resident set of the "
     "process while the arm ran",
     "generate": "transformers' model.generate, do_sample=False, no penalties, stock attention",
@@ -123,6 +125,7 @@ def _counts(units: Sequence[Unit], arm: Arm, reference: str) -> dict[str, Any]:
         "undrafted_rounds": stats.undrafted,
         "wall_s": sum(outcome.wall for outcome in outcomes),
         "seconds": stats.seconds,
+        "forward_seconds": stats.forward_seconds,
         "matched": sum(a == b for left, right in pairs for a, b in zip(left, right, strict=True)),
         "total": sum(len(left) for left, _ in pairs),
         "peak_memory_bytes": max(outcome.peak_bytes for outcome in outcomes),

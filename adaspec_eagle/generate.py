@@ -60,6 +60,7 @@ class Stopwatch:
         self.device = device
         self.on_cuda = device.type == "cuda"
         self.marks: list[tuple[str, Any, Any]] = []  # part, its begin, its end
+        self.inner: list[tuple[Any, Any]] = []  # of forwards, within the parts
         self.begin = self._now()
 
     @contextmanager
@@ -69,13 +70,27 @@ class Stopwatch:
         yield
         self.marks.append((name, begin, self._mark()))
 
-    def stop(self) -> dict[str, float]:
-        """Seconds of every part, and of the rest."""
+    def forward(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The call, timed as a forward of target or head."""
+
+        def timed(*arguments: Any) -> Any:
+            begin = self._mark()
+            made = call(*arguments)
+            self.inner.append((begin, self._mark()))
+            return made
+
+        return timed
+
+    def stop(self) -> tuple[dict[str, float], float]:
+        """Seconds of every part and of the rest; and of forwards, which are within the parts."""
         whole, seconds = self._now() - self.begin, dict[str, float]()
         for name, begin, end in self.marks:
-            took = begin.elapsed_time(end) / 1000 if self.on_cuda else end - begin
-            seconds[name] = seconds.get(name, 0.0) + took
-        return seconds | {"rest": whole - sum(seconds.values())}
+            seconds[name] = seconds.get(name, 0.0) + self._between(begin, end)
+        forwards = sum(self._between(*marks) for marks in self.inner)
+        return seconds | {"rest": whole - sum(seconds.values())}, forwards
+
+    def _between(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1000 if self.on_cuda else end - begin
 
     def _mark(self) -> Any:
         if not self.on_cuda:
@@ -97,6 +112,7 @@ class Answers:
     end_ids: frozenset[int]
     tokens: list[list[int]]
     seconds: dict[str, float] = field(default_factory=dict)  # of all rows, by part
+    forward_seconds: float = 0.0  # of the rounds' forwards
     stops: Callable[[int, list[int]], bool] | None = None  # (row, its answer) -> whether to stop
     watch: Callable[[int, list[int], int], None] | None = None  # (row, new tokens, accepted drafts)
     watch_tree: Callable[[DraftTree, Verdict], None] | None = None  # called behind every round
@@ -108,7 +124,8 @@ class Answers:
     @property
     def stats(self) -> AcceptanceStats:
         """The counts of all rows together."""
-        return replace(sum(self.by_row, AcceptanceStats()), seconds=self.seconds)
+        counts = sum(self.by_row, AcceptanceStats())
+        return replace(counts, seconds=self.seconds, forward_seconds=self.forward_seconds)
 
     def ended(self, row: int) -> bool:
         """Whether a row is finished: an end token, the limit, or what `stops` says."""
@@ -277,7 +294,7 @@ def decode(
             answers.extend(row, [token])
         with run.packed():
             _rounds(run, answers, list(range(len(rows))))
-        answers.seconds = clock.stop()
+        answers.seconds, answers.forward_seconds = clock.stop()
 
 
 def _rounds(run: "_Run", answers: Answers, live: list[int]) -> None:
@@ -318,7 +335,7 @@ class _Run:
         self.watch_tree = watch_tree
         self.compiled = compiled
         self.layers = tuple(head.config.feature_layers) if head else ()
-        self.forward = target_call(target, self.layers, compiled)
+        self.forward = clock.forward(target_call(target, self.layers, compiled))
         self.drafter: Drafter | None = None
         self.nodes = 0  # draft nodes verified a row in the last round
         self.drafted: list[list] = []  # for the planner: candidates' scores and depths [B][K]
@@ -358,6 +375,8 @@ class _Run:
                 planner = Planner(costs, len(rows), self.shape.nodes, ahead)
             capacity = min(room, FIRST_CAPACITY)
             self.drafter = Drafter(self.head, self.shape, capacity, planner, self.compiled)
+            self.drafter.fuse = self.clock.forward(self.drafter.fuse)
+            self.drafter.call = self.clock.forward(self.drafter.call)
             self.drafter.prefill(out.features, whole, lengths)
         first = [row[3] for row in host]
         for b, token in enumerate(first):

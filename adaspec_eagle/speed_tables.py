@@ -57,6 +57,7 @@ def arm_rows(reference: str = "generate") -> dict[str, Callable[[Figures], str]]
         "tokens verified a round": _verified,
         "efficiency": lambda arm: f"{arm['efficiency']:.2f}" if arm.get("efficiency") else "-",
         "outside draft and verify": _rest,
+        "outside forwards": _own,
     }
     for part in ("prefill", "draft", "verify", "rest"):
         rows[f"seconds: {part}"] = seconds(part)
@@ -98,6 +99,13 @@ def _rest(arm: Figures) -> str:
     """The share of a round of our own loop that is in neither part (their own work is in them)."""
     parts = [arm["seconds"][part] for part in ("draft", "verify", "rest")]
     return f"{parts[2] / sum(parts):.1%}" if parts[1] else "-"
+
+
+def _own(arm: Figures) -> str:
+    """The share of a round that is in no forward of target or head; old records do not say."""
+    whole = sum(arm["seconds"][part] for part in ("draft", "verify", "rest"))
+    forwards = arm.get("forward_seconds")
+    return f"{1 - forwards / whole:.1%}" if forwards else "-"
 
 
 def _list(values: list[float]) -> str:

@@ -24,6 +24,7 @@ class AcceptanceStats:
     nodes       draft nodes verified, summed over pairs
     undrafted   pairs decoded plainly, with a head at hand that did not pay (trees "auto")
     seconds     wall seconds by part: prefill, draft, verify, rest
+    forward_seconds  of the rounds' seconds, those inside forwards of target and head; 0 if unknown
     """
 
     accepted: list[int] = field(default_factory=list)
@@ -34,6 +35,7 @@ class AcceptanceStats:
     nodes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     undrafted: int = 0
+    forward_seconds: float = 0.0
 
     @property
     def tau(self) -> float:
@@ -113,6 +115,7 @@ class AcceptanceStats:
             new_tokens=self.new_tokens + other.new_tokens,
             nodes=self.nodes + other.nodes,
             undrafted=self.undrafted + other.undrafted,
+            forward_seconds=self.forward_seconds + other.forward_seconds,
             seconds={p: self.seconds.get(p, 0.0) + other.seconds.get(p, 0.0) for p in parts},
         )
 

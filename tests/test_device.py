@@ -319,8 +319,10 @@ def test_on_cuda_parts_are_timed_by_events_that_nothing_waits_for(monkeypatch):
     for name in ("draft", "verify", "draft"):
         with clock.part(name):
             pass
+    assert clock.forward(lambda x: 2 * x)(3) == 6
     assert len(waits) == 1
-    seconds = clock.stop()
+    seconds, forwards = clock.stop()
+    assert forwards == 0.25
     assert (seconds["draft"], seconds["verify"]) == (0.5, 0.25)
     assert seconds["rest"] == pytest.approx(9.25, abs=0.1)
     assert len(waits) == 2

@@ -154,6 +154,8 @@ def test_parts_of_the_time_add_up_to_the_wall_time(measured):
         assert set(arm["seconds"]) == set(PARTS)
         assert sum(arm["seconds"].values()) == pytest.approx(arm["wall_s"])
         assert arm["seconds"]["prefill"] > 0
+        inside = arm["wall_s"] - arm["seconds"]["prefill"]
+        assert 0 < arm["forward_seconds"] < inside or arm is measured["arms"]["generate"]
 
 
 def test_the_order_of_the_arms_rotates_from_prompt_to_prompt(measured):

@@ -3,6 +3,7 @@
 import gc
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -304,6 +305,25 @@ def test_the_heads_cache_after_ragged_rounds_is_that_of_a_fresh_prefill():
             wanted, _ = fresh.grow(ids[row : row + 1, 0])
             assert torch.equal(tree.tokens[row], wanted.tokens[0])
             assert torch.equal(tree.parents[row], wanted.parents[0])
+
+
+def test_forwards_of_rounds_are_timed_apart_from_the_loops_own_work():
+    target = tiny_target()
+    head = tiny_head(target)
+
+    def slow(call, seconds):
+        def slowed(*args, **options):
+            time.sleep(seconds)
+            return call(*args, **options)
+
+        return slowed
+
+    target.forward, head.forward = slow(target.forward, 0.03), slow(head.forward, 0.02)
+    stats = generate(target, head, torch.randint(8, 97, (1, 9)), tree="chain:2").stats
+    least = stats.rounds * (0.03 + 2 * 0.02)  # behind what was accepted, and for one level more
+    in_rounds = sum(stats.seconds.values()) - stats.seconds["prefill"]
+    assert least <= stats.forward_seconds < in_rounds
+    assert in_rounds - stats.forward_seconds < least / 2
 
 
 def test_generation_leaves_the_model_as_it_was():

@@ -69,12 +69,13 @@ def test_nothing_accepted_leaves_only_the_first_alpha():
 
 
 def test_adding_is_a_ratio_of_sums_and_pads_the_shorter_histogram():
-    short = AcceptanceStats([1, 1], [2], 2, 3, 4, 4, {"draft": 1.0})
+    short = AcceptanceStats([1, 1], [2], 2, 3, 4, 4, {"draft": 1.0}, forward_seconds=0.75)
     total = chain_stats() + short
     assert total.accepted == [5, 4, 1, 2]
     assert total.offered == [12, 10, 10]
     assert total.tau == pytest.approx((21 + 3) / (10 + 2))
     assert total.seconds == {"draft": 1.0}
+    assert total.forward_seconds == 0.75
     assert total == short + chain_stats()
 
 
