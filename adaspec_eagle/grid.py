@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from adaspec_eagle.bench import Source, read_source
 from adaspec_eagle.callbacks import say
 from adaspec_eagle.data import load_training
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.head import head_class, load_head
+from adaspec_eagle.head import head_class, load_head, new_head
 from adaspec_eagle.paths import taken
 from adaspec_eagle.prepare import write_store
 from adaspec_eagle.record import environment, sha256, write_json
@@ -34,11 +34,13 @@ from adaspec_eagle.train import (
     TrainConfig,
     Workshop,
     filled,
+    head_sizes,
     kind_of,
     read_records,
     run_training,
     unrolling,
 )
+from adaspec_eagle.work import forward_flops
 
 BACKWARD = 2  # a backward pass costs two forward passes
 RELATED = ("head", "draft_vocab", "train_output", "data", "max_length", "held_back",
@@ -49,9 +51,10 @@ NAME = re.compile(r"[\w.+-]+")  # of an arm: it names files
 
 FLOPS = (
     "head FLOPs in forward passes of the arm's own head over one answer token of the training "
-    "data, unrolled as often as its kind does by itself (EAGLE-3: 3 times): 3 a token and epoch "
-    "(forward 1, backward 2), in proportion where it is unrolled more or less often, as in "
-    "--shallow steps; AdaSPEC's reference stage the same, and 1 "
+    "data, unrolled as often as its kind does by itself (EAGLE-3: 3 times), its prompt's share of "
+    "the work included: 3 a token and epoch (forward 1, backward 2); where it is unrolled more or "
+    "less often, as in --shallow steps, in proportion to the FLOPs of products, counted on a text "
+    "of the task's mean lengths; AdaSPEC's reference stage the same, and 1 "
     "for the reference head's losses, which are computed once (in every epoch with --on-policy and "
     "--features recompute); a moving average 1 a token and epoch; an answer that the head writes 2 "
     "a token. An arm with data of its own makes as many passes over answer tokens as it would over "
@@ -81,6 +84,9 @@ class Plan:
     primary: tuple[str, str]  # fixed beforehand: (arm, everyone's baseline); ("", baseline): none
     seeds: dict[str, int] = field(default_factory=dict)  # by arm; others as many as --seeds
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # OF_TASKS
+    # Forward work of an arm's unroll steps and of the first alone, over that of its kind's own
+    # number of them: of arms that unroll otherwise, on one task (`on_task`).
+    work: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def baseline(self) -> str:
@@ -111,15 +117,29 @@ class Plan:
     def _each(self, name: str) -> float:
         """What an epoch costs, the reference head's part left out."""
         config = config_of(self.arms[name], {})
-        unroll, shallow = unrolling(config)
-        steps = shallow + (1 - shallow) * unroll  # on average
+        shallow, (whole, first) = unrolling(config)[1], self._work(name)
         passes = 1 + BACKWARD + ("average" in needs(config.selection))
-        return passes * steps / head_class(config.head).default_unroll
+        return passes * (shallow * first + (1 - shallow) * whole)
 
     def _scoring(self, name: str) -> float:
         """What the reference head's losses cost an epoch."""
+        return self._work(name)[0]
+
+    def _work(self, name: str) -> tuple[float, float]:
+        """As in `work`; as if all steps were alike where no task says more."""
         config = config_of(self.arms[name], {})
-        return unrolling(config)[0] / head_class(config.head).default_unroll
+        usual = head_class(config.head).default_unroll
+        return self.work.get(name, (unrolling(config)[0] / usual, 1 / usual))
+
+    def uncounted(self, name: str) -> list[str]:
+        """Of an arm and those that its budget depends on: what unrolls otherwise, not counted."""
+        arm, config = self.arms[name], config_of(self.arms[name], {})
+        unroll, shallow = unrolling(config)
+        other = shallow or unroll != head_class(config.head).default_unroll
+        found = [name] if other and name not in self.work else []
+        for link in filter(None, (arm.reference, arm.match)):
+            found += self.uncounted(link)
+        return found
 
     def _scored_once(self, name: str) -> bool:
         """Whether the reference head's losses are kept; else they are computed in every epoch."""
@@ -314,7 +334,11 @@ def run_grid(
     _check_arms(plan, cells, settings)
     to_do = [cell for cell in cells if not _record(cell, out, settings).exists()]
     _check_files(plan, to_do, settings)
-    _check_made(plan, cells, settings, workshop, out)
+    plans = {
+        task: on_task(plan, task, {c.arm for c in cells if c.task == task}, settings, workshop)
+        for task in dict.fromkeys(cell.task for cell in cells)
+    }
+    _check_made(plans, cells, settings, workshop, out)
     done, began = 0, time.monotonic()
     while open_cells := [cell for cell in cells if not _record(cell, out, settings).exists()]:
         before = done
@@ -325,7 +349,7 @@ def run_grid(
             with taken(path.with_suffix(".lock")) as mine:
                 if not mine or (path.exists() and cell in open_cells):
                     continue
-                made = run_cell(plan, cell, settings, workshop, work)
+                made = run_cell(plans[cell.task], cell, settings, workshop, work)
                 if not path.exists():
                     write_json(path, made)
             done += 1
@@ -337,8 +361,38 @@ def run_grid(
     return done
 
 
+def on_task(
+    plan: Plan, task: str, names: Collection[str], settings: GridSettings, workshop: Workshop
+) -> Plan:
+    """The plan with the work of these arms' unroll steps, where they unroll otherwise than usual.
+
+    Counted on a text of the mean lengths of the arm's training records. Where a file of those is
+    not here the plan stays without.
+    """
+    work = dict(plan.work)
+    for name in dict.fromkeys(other for one in names for other in plan.uncounted(one)):
+        files = data_files(plan.arms[name], task, settings)
+        if not all(Path(file).is_file() for file in files):
+            continue
+        config = filled(config_of(plan.arm(name, task), {"data": files}), workshop.target)
+        train, _ = read_records(config, workshop.target)
+        prompt = max(1, round(sum(len(record.prompt_ids) for record in train) / len(train)))
+        answer = max(1, round(sum(len(record.answer_ids) for record in train) / len(train)))
+        usual = head_class(config.head).default_unroll
+        steps = unrolling(config)[0]
+        head = new_head(head_sizes(replace(config, unroll=max(steps, usual)), workshop.target))
+        head.eval().bind(workshop.target)
+        own, first, unit = (forward_flops(head, n, prompt, answer) for n in (steps, 1, usual))
+        work[name] = (own / unit, first / unit)
+    return replace(plan, work=work)
+
+
 def _check_made(
-    plan: Plan, cells: Sequence[Cell], settings: GridSettings, workshop: Workshop, out: Path
+    plans: dict[str, Plan],
+    cells: Sequence[Cell],
+    settings: GridSettings,
+    workshop: Workshop,
+    out: Path,
 ) -> None:
     """Raise UserError if what is on record of these tasks and what these cells are, or will be,
     could not stand in one table."""
@@ -350,7 +404,7 @@ def _check_made(
         open_cells = any(not _record(cell, out, settings).exists() for cell in of_task)
         source = prompts_of(task, settings, workshop.target) if open_cells else None
         for cell in {cell.arm: cell for cell in of_task}.values():
-            to_make = _to_make(plan, cell, settings, workshop.target, source, digest)
+            to_make = _to_make(plans[task], cell, settings, workshop.target, source, digest)
             made.append((f"this command for arm {cell.arm}", facts(to_make)))
         check_alike(made)
 
@@ -367,7 +421,8 @@ def _to_make(
     arm = plan.arm(cell.arm, cell.task)
     given = _given(plan, cell, settings, 1.0)
     config = asdict(filled(config_of(arm, given), target))
-    if "data" in arm.config:  # these depend on how long its answers are
+    counted = not plan.uncounted(cell.arm)
+    if "data" in arm.config or not counted:  # these depend on how long its texts are
         del config["epochs"], config["evaluations"]
     if arm.reference or config["init"]:
         del config["draft_vocab"]  # that head's
@@ -378,7 +433,7 @@ def _to_make(
         "target_fingerprint": target.fingerprint,
         "config": config,
         "as_planned": _as_planned(arm),
-        "head_flops": plan.cost(cell.arm, settings.epochs),
+        "head_flops": plan.cost(cell.arm, settings.epochs) if counted else None,
         "prompts": source.describe() if source else {},
         "data_sha256": [digest(file) for file in files] if all(map(Path.is_file, files)) else None,
     }

@@ -237,16 +237,10 @@ def run_training(
     assert config.unroll is not None
     assert config.shallow is not None
     given = _given_heads(config, target)
-    sizes = HeadConfig.for_target(
-        config.head,
-        target,
-        config.draft_vocab,
-        train_output=config.train_output,
-        steps=config.unroll,
-    )
+    head_sizes(config, target)  # raises, if it does, before the data are read
     data = _prepare(config, out, workshop, given)
     _note_seen(config.init, data.facts)
-    sizes = replace(sizes, draft_vocab_size=len(data.vocab))
+    sizes = head_sizes(replace(config, draft_vocab=len(data.vocab)), target)
     job = Job(config, out, target, sizes, data)
     objective = Objective(
         config.loss,
@@ -276,6 +270,19 @@ def filled(config: TrainConfig, target: Target) -> TrainConfig:
         unroll=unroll,
         shallow=shallow,
         draft_vocab=config.draft_vocab or kind.default_draft_vocab or target.vocab_size,
+    )
+
+
+def head_sizes(config: TrainConfig, target: Target) -> HeadConfig:
+    """The sizes of the head that a `filled` config trains."""
+    assert config.draft_vocab is not None
+    assert config.unroll is not None
+    return HeadConfig.for_target(
+        config.head,
+        target,
+        config.draft_vocab,
+        train_output=config.train_output,
+        steps=config.unroll,
     )
 
 
