@@ -26,6 +26,7 @@ from adaspec_eagle.draft import Shape, parse_shape
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.generate import Answers, check_prompts, decode, padded_answers
 from adaspec_eagle.head import DraftHead
+from adaspec_eagle.packed import weights_state
 from adaspec_eagle.sampling import MAX_SEED, Row, Sampler
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import Target
@@ -80,6 +81,7 @@ class Speculative:
         self.allow_other_target = allow_other_target
         self.stats = AcceptanceStats()
         self.target: Target | None = None  # the model of the last call
+        self.state: list[tuple] = []  # of its weights
 
     @_ending_the_streamer
     def __call__(
@@ -97,8 +99,9 @@ class Speculative:
         past = model_kwargs.get("past_key_values")
         if past is not None and past.get_seq_length():
             raise UserError("past_key_values that hold tokens are not supported with drafting")
-        if self.target is None or self.target.model is not model:
-            self.target = _as_target(model)
+        state = weights_state(model.parameters())
+        if self.target is None or self.target.model is not model or self.state != state:
+            self.target, self.state = _as_target(model), state
         target = self.target
         sample = bool(generation_config.do_sample)
         if self.shape.sampled and not sample:

@@ -258,6 +258,23 @@ def test_a_head_of_another_model_is_refused():
         )
 
 
+def test_a_model_that_has_changed_is_looked_at_again():
+    model, head = setting()
+    ids = batch(1)[0]
+    plug = speculative(head)
+    model.generate(ids, custom_generate=plug, max_new_tokens=4)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight += 1
+    with pytest.raises(UserError, match="trained for"):
+        model.generate(ids, custom_generate=plug, max_new_tokens=4)
+    with torch.no_grad():
+        weight -= 1
+    model.resize_token_embeddings(VOCAB + 3)
+    with pytest.raises(UserError, match=rf"has \({VOCAB + 3}, "):
+        model.generate(ids, custom_generate=plug, max_new_tokens=4)
+
+
 def test_the_model_is_left_as_it_was():
     model, head = setting()
     model.train()
