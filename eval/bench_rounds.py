@@ -4,17 +4,15 @@
     python eval/bench_rounds.py --contexts 256 1024 4096 7900 --rounds 40 --out results/rounds
 
 Decodes behind prompts of random tokens (their text does not matter here) with the auto tree and
-takes the time inside the forwards of target and head away from the time of a round. Contexts
-alternate; the figure is a median over rounds.
+takes the time inside the forwards of target and head away from that of the rounds. Contexts
+alternate; the figure is a median over answers, of each its mean over rounds.
 """
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,9 +21,12 @@ from adaspec_eagle import generate, load_head
 from adaspec_eagle.bench import find_head, positive
 from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.head import DraftHead
-from adaspec_eagle.record import environment, markdown_table, write_json
+from adaspec_eagle.paths import shown
+from adaspec_eagle.record import check_folder, environment, markdown_table, sha256, write_json
+from adaspec_eagle.storage import weights_file
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
-from adaspec_eagle.watch import synchronize
+
+ANSWER = 16  # tokens of an answer, some five rounds
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,53 +43,26 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-class Inside:
-    """Seconds spent inside a callable that it stands in for."""
-
-    def __init__(self, call: Callable[..., Any], device: torch.device) -> None:
-        self.call, self.device, self.seconds = call, device, 0.0
-
-    def __call__(self, *args: Any, **more: Any) -> Any:
-        """The call itself, timed; on CUDA from and to a moment at which all work is done."""
-        synchronize(self.device)
-        begin = time.perf_counter()
-        try:
-            return self.call(*args, **more)
-        finally:
-            synchronize(self.device)
-            self.seconds += time.perf_counter() - begin
-
-
 def own_costs(
-    target: Target, head: DraftHead, context: int, rounds: int, tree: str
-) -> tuple[list[float], list[float]]:
-    """Of each round behind `context` random tokens: (own seconds, all seconds)."""
+    target: Target, head: DraftHead, context: int, tokens: int, tree: str
+) -> tuple[int, float, float]:
+    """Of an answer behind `context` random tokens: rounds, own seconds and all seconds of one."""
     generator = torch.Generator().manual_seed(context)
     ids = torch.randint(3, target.vocab_size, (1, context), generator=generator)
-    calls = (target.forward, head.forward, head.logits, head.fuse)
-    timers = [Inside(call, target.device) for call in calls]
-    marks: list[tuple[float, float]] = []
-
-    def watch(row: int, tokens: list[int], drafted: int) -> None:
-        marks.append((time.perf_counter(), sum(timer.seconds for timer in timers)))
-
-    target.forward, head.forward, head.logits, head.fuse = timers  # type: ignore[method-assign]
-    try:
-        new = min(8 * rounds, target.context - context)
-        generate(
-            target, head, ids.to(target.device), tree=tree, max_new_tokens=new, ignore_eos=True,
-            watch=watch,
-        )  # fmt: skip
-    finally:
-        del target.forward, head.forward, head.logits, head.fuse
-    walls = [b[0] - a[0] for a, b in zip(marks, marks[1:], strict=False)]
-    forwards = [b[1] - a[1] for a, b in zip(marks, marks[1:], strict=False)]
-    return [w - f for w, f in zip(walls, forwards, strict=True)], walls
+    new = min(tokens, target.context - context)
+    stats = generate(
+        target, head, ids.to(target.device), tree=tree, max_new_tokens=new, ignore_eos=True
+    ).stats
+    wall = sum(stats.seconds.values()) - stats.seconds["prefill"]
+    own = wall - stats.forward_seconds
+    return stats.rounds, own / stats.rounds, wall / stats.rounds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, record."""
     args = parser().parse_args(argv)
+    if args.out:
+        check_folder(args.out)
     target = Target.load(args.target, dtype=args.dtype)
     room = target.context - max(args.contexts)
     if room < 16:
@@ -96,21 +70,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--contexts {max(args.contexts)}: leaves {room} tokens of the target's context of "
             f"{target.context}; at least 16 are needed"
         )
-    head = load_head(args.head or find_head(target).folder, target)
+    folder = args.head or find_head(target).folder
+    head = load_head(folder, target)
     print(describe(target))
+    print(f"head {folder}")
+    rounds = dict.fromkeys(args.contexts, 0)
     own: dict[int, list[float]] = {context: [] for context in args.contexts}
     walls: dict[int, list[float]] = {context: [] for context in args.contexts}
     own_costs(target, head, min(args.contexts), 4, args.tree)  # warm-up
-    while min(map(len, own.values())) < args.rounds:
+    while min(rounds.values()) < args.rounds:
         for context in args.contexts:
-            costs, times = own_costs(target, head, context, max(1, args.rounds // 2), args.tree)
-            own[context] += costs
-            walls[context] += times
+            made, costs, time = own_costs(target, head, context, ANSWER, args.tree)
+            rounds[context] += made
+            own[context].append(costs)
+            walls[context].append(time)
     first = median(own[args.contexts[0]])
     rows = [
         [
             f"{context:,}",
-            str(len(own[context])),
+            str(rounds[context]),
             f"{1e3 * median(walls[context]):.1f}",
             f"{1e3 * median(own[context]):.2f}",
             f"{median(own[context]) / first:.2f}",
@@ -122,7 +100,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out:
         result = {
             "kind": "rounds",
-            "own_seconds": own,
+            "target": {
+                "name": target.name,
+                "fingerprint": target.fingerprint,
+                "dtype": str(target.dtype).removeprefix("torch."),
+            },
+            "head": {"folder": shown(folder), "sha256": sha256(weights_file(folder))},
+            "rounds": rounds,
+            "own_seconds": own,  # of one round, by answer
             "round_seconds": walls,
             "tree": args.tree,
             "environment": environment(),
