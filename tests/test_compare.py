@@ -33,6 +33,7 @@ from adaspec_eagle.grid import (
     cells_of,
     config_of,
     head_folder,
+    on_task,
     read_plan,
     run_cell,
     run_grid,
@@ -43,9 +44,10 @@ from adaspec_eagle.record import sha256, write_json
 from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.targets import Target
 from adaspec_eagle.train import Workshop
+from adaspec_eagle.work import forward_flops
 from eval import compare as script
 from tests.records import answers_file
-from tests.tiny import tiny_target_folder
+from tests.tiny import tiny_head, tiny_target, tiny_target_folder
 
 ARMS = """
 train: {draft_vocab: 60, batch_size: 6, evaluations: 1, lr: 0.02}
@@ -109,6 +111,51 @@ def test_unroll_steps_that_are_left_out_or_added_count_by_their_share(plan):
     assert other.cost("mixed", 3) == pytest.approx(19)
     assert other.cost("deep", 3) == pytest.approx(15)
     assert other.cost("reading", 3) == pytest.approx(15 + 5 / 3 + 9)
+
+
+def test_flops_are_those_of_the_products():
+    """A text of 20 + 10 tokens, by hand: what is done for all tokens, and for the answer's."""
+    target = tiny_target()
+    head = tiny_head(target).eval()
+    size, inner, vocab = 32, head.config.intermediate_size, head.config.draft_vocab_size
+    narrow = head.config.num_key_value_heads * head.config.head_dim
+    text = 3 * size * size + 2 * 2 * size * narrow  # features fused, keys and values
+    token = 2 * size * size + 2 * 2 * size * narrow + size * size + 3 * size * inner
+    for steps in (1, 3):
+        window = 10 + steps - 1  # indices that some step needs
+        attention = 2 * window * (20 + 10) * size  # over the text, at every step
+        one = window * token + attention + 10 * size * vocab
+        found = forward_flops(head, steps, 20, 10)
+        assert found == pytest.approx(2 * (30 * text + steps * one), rel=0.02)
+
+
+def test_an_unroll_step_of_three_is_more_than_a_third_where_prompts_are_long(plan, tmp_path):
+    target = tiny_target()
+    mixed = CellArm("mixed", {"method": "mixed", "draft_vocab": 60}, match="adaspec")
+    plan = Plan(plan.arms | {"mixed": mixed}, plan.primary)
+    settings = script.settings_of(
+        script.parser().parse_args(["--data", str(tmp_path / "{task}.jsonl")])
+    )
+    for name, words in (("short", 1), ("long", 60)):
+        lines = []
+        for n in range(12):
+            turns = [("user", f"w{n} " * words), ("assistant", "w2 " * 12)]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            lines.append({"id": f"r{n}", "task": name, "messages": messages})
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    work = Workshop(target)
+    first = {
+        task: on_task(plan, task, ["mixed"], settings, work).work["mixed"][1]
+        for task in ("short", "long")
+    }
+    assert 1 / 3 < first["short"] < first["long"] < 0.8
+    on_long = on_task(plan, "long", ["mixed"], settings, work)
+    each = 0.75 * first["long"] + 0.25
+    assert on_long.epochs("mixed", 3) == pytest.approx(19 / 3 / each)
+    assert on_long.cost("mixed", 3) == pytest.approx(19)
+    assert on_long.uncounted("mixed") == []
+    assert on_task(plan, "gone", ["mixed"], settings, work).uncounted("mixed") == ["mixed"]
+    assert on_task(plan, "long", ["adaspec"], settings, work).work == {}
 
 
 def test_cells_go_seed_by_seed(plan):
