@@ -41,6 +41,7 @@ from adaspec_eagle.watch import synchronize
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # tokens of a target forward that are timed
 FORWARDS = 3  # raised when forwards become faster or slower: costs on disk are measured again
+MOST_TOKENS = 512  # of all rows in a forward that is timed; larger trees would hardly pay
 HISTORY = 256  # tokens of history while timing
 REPEATS, LONG = 7, 0.5  # the median of so many counts; of fewer once they took LONG seconds
 PRIOR = 1.0  # rounds that the first guess of the rate is worth
@@ -69,13 +70,14 @@ class Costs:
 def measure_costs(
     target: Target, head: DraftHead, rows: int, width: int, compiled: bool = False
 ) -> Costs:
-    """Time both on this machine; a second or two. `head` is bound; `width` nodes a level."""
+    """Time both on this machine; some seconds. `head` is bound; `width` nodes a level."""
     forward = target_call(target, tuple(head.config.feature_layers), compiled)
     with decoding_mode(target.device, compiled):
-        times = [time_target(target, forward, rows, size) for size in SIZES]
+        sizes = [size for size in SIZES if size <= 2 or rows * size <= MOST_TOKENS]
+        times = [time_target(target, forward, rows, size) for size in sizes]
         level = time_draft(head, rows, width, compiled)
     times = [max(times[: i + 1]) for i in range(len(times))]  # noise must not make more cheaper
-    return Costs(list(SIZES), times, level)
+    return Costs(sizes, times, level)
 
 
 def time_target(target: Target, forward: Call, rows: int, size: int) -> float:
@@ -199,6 +201,7 @@ class Planner:
     gains: list[float] = field(default_factory=list)  # by rank: tokens that a candidate brings
 
     def __post_init__(self) -> None:
+        self.most_nodes = min(self.most_nodes, self.costs.sizes[-1] - 1)
         self.verify = [self.costs.of_target(n + 1) for n in range(1, self.most_nodes + 1)]
         span = self.costs.of_target(self.most_nodes + 1) - self.costs.of_target(2)
         self.node = span / max(1, self.most_nodes - 1)  # of one more, on average

@@ -201,6 +201,22 @@ def test_trees_shaped_ahead_follow_what_the_last_rounds_had():
     assert {nodes + 1 for _, nodes in sizes[1:]} <= {*SIZES, 61}
 
 
+def test_a_large_batch_is_timed_with_small_trees_alone(monkeypatch):
+    target = tiny_target()
+    seen = []
+    monkeypatch.setattr("adaspec_eagle.auto.time_draft", lambda *_: 0.1)
+    monkeypatch.setattr(
+        "adaspec_eagle.auto.time_target",
+        lambda _, forward, rows, size: seen.append(rows * size) or 0.1 * size,
+    )
+    costs = measure_costs(target, tiny_head(target), 100, 8)
+    assert costs.sizes == [1, 2, 4]
+    assert max(seen) <= 512
+    planner = Planner(costs, rows=100, most_nodes=63)
+    assert planner.nodes(torch.zeros(100, 40), torch.ones(100, 40, dtype=torch.long)) <= 3
+    assert measure_costs(target, tiny_head(target), 999, 8).sizes == [1, 2]
+
+
 def test_costs_are_measured_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setattr("adaspec_eagle.auto._KNOWN", {})
     monkeypatch.setattr("adaspec_eagle.auto.default_cache_dir", lambda: tmp_path)
