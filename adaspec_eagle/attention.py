@@ -44,8 +44,8 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 def hide(mask: Tensor, allowed: Tensor) -> Tensor:
     """Hide in an additive mask `[B, 1, N, T]`, in place, what a boolean one `[B, N, T]` forbids.
 
-    The only place where masks become numbers: a boolean 4-D mask is silently wrong with eager
-    attention.
+    The only place where a boolean mask becomes numbers: left boolean, a 4-D mask is silently wrong
+    with eager attention.
     """
     return mask.masked_fill_(~allowed[:, None], torch.finfo(mask.dtype).min)
 

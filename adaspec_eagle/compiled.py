@@ -2,7 +2,8 @@
 
 As they are: the modules with packed weights (packed.py). Compiled: the same modules traced by
 torch.compile on CPU, where one graph serves every number of nodes and every length, or replayed as
-CUDA graphs, one for each (rows, nodes, capacity). The eager path is the reference (tests).
+CUDA graphs, one for each (rows, nodes, cache) and step of the head. The eager path is the
+reference (tests).
 
 Legend: B rows, N tokens, T key columns, L layers, H key heads, C capacity, D head size.
 """

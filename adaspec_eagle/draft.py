@@ -4,9 +4,10 @@ Legend: B rows, T pairs, W nodes of a level, M candidates, H hidden, F H feature
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -37,6 +38,16 @@ class Static:
 
     parents: tuple[int, ...]  # [N], the root's is 0
     ranks: tuple[int, ...]  # [N], the root's is 0
+
+    def __post_init__(self) -> None:
+        _check_whole(self, *self.parents, *self.ranks)
+        before = all(0 <= p < n for n, p in enumerate(self.parents[1:], 1))
+        root = self.parents[:1] == self.ranks[:1] == (0,)
+        if not (before and root) or len(self.parents) != len(self.ranks) or min(self.ranks) < 0:
+            raise UserError(
+                f"{self}: a static tree has a parent and a rank for each node; node 0 is the root "
+                "(parent 0, rank 0), and parents come before their children"
+            )
 
     @property
     def depths(self) -> list[int]:
@@ -101,7 +112,13 @@ class Auto:
         _check_sizes(self, self.nodes, self.depth, self.width)
 
 
+def _check_whole(shape: object, *numbers: int) -> None:
+    if not all(isinstance(number, Integral) for number in numbers):
+        raise UserError(f"{shape}: the numbers of a tree must be whole")
+
+
 def _check_sizes(shape: object, *sizes: int) -> None:
+    _check_whole(shape, *sizes)
     if min(sizes) < 1:
         raise UserError(f"{shape}: nodes, depth and width of a tree must be at least 1")
 
@@ -246,14 +263,16 @@ class Drafter:
         capacity: int = 256,
         planner: Planner | None = None,
         compiled: bool = False,
+        timed: Callable[[Callable], Callable] = lambda call: call,
     ) -> None:
+        """timed: makes a callable that is called in place of each of the head's forwards."""
         self.head = head
         self.shape = shape
         self.planner = planner  # of an Auto shape
         self.drafted: tuple[Tensor, ...] = ()  # for the planner: candidates' scores, depths [B, K]
         self.depth = 0  # of the last tree
         self.packing = packing(head)
-        self.fuse, self.call = head.fuse, head_call(head, compiled)
+        self.fuse, self.call = timed(head.fuse), timed(head_call(head, compiled))
         self.least = torch.full((), LEAST_LOGP, device=head.embed_rows.device)
         self.cache = TreeCache(head.cached_layers, capacity)
         self.plan: Plan | None = None  # of a static shape, made once

@@ -5,10 +5,10 @@ Legend: B rows still running, T prompt columns, N nodes, P path length.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from adaspec_eagle.tree import DraftTree, ancestor_mask, lone_root
 from adaspec_eagle.verify import Verdict, match
 from adaspec_eagle.watch import synchronize
 
-FIRST_CAPACITY = 4096  # columns a cache begins with at most; it doubles from there
+FIRST_CAPACITY = 4096  # columns that a cache begins with, or twice the prompt; it then doubles
 KEEP_SHARE = 0.75  # a big batch is cut down to its running rows when fewer than this share run
 
 
@@ -189,17 +189,25 @@ def generate(
     plain decoding by the same loop. tree: "auto", "dynamic", "static", "chain:K", "sampled:K" or a
     shape of `draft.py`. temperature 0 takes the most probable token; above it, top_k, top_p and
     min_p cut as in transformers. The token drawn at a place depends on (seed, row key, position)
-    alone, not on the tree or the batch; row_keys: one for each row, their numbers unless given.
+    alone, not on the tree or the batch (under "sampled:K" its law alone does not depend on them);
+    row_keys: one for each row, their numbers unless given.
     watch: is called as tokens come, with (row, new tokens, how many of them were drafted);
-    watch_tree: behind every round, with its tree, scores included, and what was accepted of it.
-    compiled: forwards compiled on first use, a minute's work (compiled.py).
+    watch_tree: behind every round, with the tree that was verified, scores included (but those of
+    "sampled:K"), and what was accepted of it.
+    compiled: forwards compiled on first use, some minutes' work (compiled.py).
     Raises UserError for a head that does not fit the target, for prompts that leave no room in the
     context and for values out of range.
     """
-    numbers = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "seed": seed}
-    for name, number in (numbers | ({} if top_k is None else {"top_k": top_k})).items():
-        if not isinstance(number, Integral):
-            raise UserError(f"{name} {number!r}: must be a whole number")
+    whole = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "seed": seed}
+    cut = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    for kind, names, given in (
+        (Integral, "a whole number", whole | ({} if top_k is None else {"top_k": top_k})),
+        (Real, "a number", cut | ({} if min_p is None else {"min_p": min_p})),
+    ):
+        for name, number in given.items():
+            if not isinstance(number, kind):
+                raise UserError(f"{name} {number!r}: must be {names}")
+    max_new_tokens, min_new_tokens, seed = map(int, whole.values())
     rows = check_prompts(target, input_ids, attention_mask, max_new_tokens)
     shape = parse_shape(tree)
     if shape.sampled and temperature == 0:
@@ -209,13 +217,17 @@ def generate(
             f"min_new_tokens {min_new_tokens} (from 0 to max_new_tokens), repetition_penalty "
             f"{repetition_penalty} (above 0)"
         )
-    keys = list(range(len(rows)) if row_keys is None else row_keys)
+    keys = range(len(rows)) if row_keys is None else row_keys
+    keys = list(keys) if isinstance(keys, Iterable) else []
     if len(keys) != len(rows) or not all(isinstance(k, Integral) and 0 <= k < 2**63 for k in keys):
         raise UserError(
-            f"row_keys {keys}: whole numbers from 0 to 2**63 - 1, one for each of {len(rows)} rows"
+            f"row_keys {row_keys}: whole numbers from 0 to 2**63 - 1, one for each of the rows, "
+            f"{len(rows)} here"
         )
-    strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-    if not all(isinstance(string, str) and string for string in strings if stop_strings):
+    strings: list = [stop_strings] if isinstance(stop_strings, str) and stop_strings else []
+    if not isinstance(stop_strings, str):
+        strings = [*stop_strings] if isinstance(stop_strings, Iterable) else [stop_strings]
+    if not all(isinstance(string, str) and string for string in strings):
         raise UserError(f"stop_strings {strings}: must be texts of at least one character")
     if stop_strings and target.tokenizer is None:
         raise UserError(f"stop strings need a tokenizer, and target {target.name!r} has none")
@@ -223,7 +235,7 @@ def generate(
         check_compiler(target.device)
     if head is not None:
         head.bind(target, allow_other_target)
-    cuts = warpers(temperature, top_k, top_p, min_p)
+    cuts = warpers(temperature, None if top_k is None else int(top_k), top_p, min_p)
     prompts = [row.tolist() for row in rows]
     end_ids = [] if ignore_eos else target.eos_token_ids
     sampler = Sampler(
@@ -285,6 +297,9 @@ def decode(
     """
     if head is not None:
         check_shape(shape, head, target.context)
+        if isinstance(shape, Auto) and shape.costs is None:  # before the clock runs
+            found = costs_of(target, head, len(rows), shape.width, compiled)
+            shape = replace(shape, costs=found)
     with decoding_mode(target.device, compiled):
         clock = Stopwatch(target.device)
         run = _Run(target, head, shape, sampler, clock, compiled, answers.watch_tree)
@@ -307,11 +322,12 @@ def _rounds(run: "_Run", answers: Answers, live: list[int]) -> None:
             places = [b for b, goes_on in enumerate(running) if goes_on]
             run.keep(places)
             live, running = [live[b] for b in places], [True] * len(places)
+        given_up = run.head is not None and run.drafter is None
         for b, tokens in enumerate(run.round(running)):
             if running[b]:
                 taken = answers.extend(live[b], tokens)
                 answers.count_round(live[b], taken, len(tokens) - 1, run.depths[b], run.nodes)
-                answers.by_row[live[b]].undrafted += run.head is not None and run.nodes == 0
+                answers.by_row[live[b]].undrafted += given_up
 
 
 class _Run:
@@ -351,8 +367,8 @@ class _Run:
         tokens = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
         for b, row in enumerate(rows):
             tokens[b, : len(row)] = row
-        room = longest + max_new_tokens + 64
-        self.cache = target.new_cache(min(room, FIRST_CAPACITY))
+        capacity = min(longest + max_new_tokens + 64, max(FIRST_CAPACITY, 2 * longest))
+        self.cache = target.new_cache(capacity)
         positions = torch.arange(longest, device=device).expand_as(tokens)
         out = target.forward(tokens, positions, None, self.cache, self.layers, logits=False)
         self.cache.commit_prefix(lengths, longest)
@@ -368,15 +384,11 @@ class _Run:
             whole = functional.pad(tokens, (0, 1)).scatter(1, lengths[:, None], self.last[:, None])
             planner = None
             if isinstance(self.shape, Auto):
-                costs = self.shape.costs or costs_of(
-                    target, self.head, len(rows), self.shape.width, self.compiled
-                )
+                assert self.shape.costs is not None
                 ahead = device.type != "cpu"  # where reading scores would have the device wait
-                planner = Planner(costs, len(rows), self.shape.nodes, ahead)
-            capacity = min(room, FIRST_CAPACITY)
-            self.drafter = Drafter(self.head, self.shape, capacity, planner, self.compiled)
-            self.drafter.fuse = self.clock.forward(self.drafter.fuse)
-            self.drafter.call = self.clock.forward(self.drafter.call)
+                planner = Planner(self.shape.costs, len(rows), self.shape.nodes, ahead)
+            timed = self.clock.forward
+            self.drafter = Drafter(self.head, self.shape, capacity, planner, self.compiled, timed)
             self.drafter.prefill(out.features, whole, lengths)
         first = [row[3] for row in host]
         for b, token in enumerate(first):
@@ -394,14 +406,17 @@ class _Run:
             else:
                 tree, drafts = lone_root(self.last), []
         verdict, host, features = self._check(tree, drafts, running)
-        nodes = self.nodes
-        if self.nodes and not all(row[2] for row in host):
+        nodes, self.depths = self.nodes, [row[1] for row in host]
+        if nodes and not all(row[2] for row in host):
             # What the target makes of one node reaches, as NaN, those that do not look at it.
             self.cache.wipe()
-            verdict, host, features = self._check(lone_root(self.last), [], running)
+            tree = lone_root(self.last)
+            verdict, host, features = self._check(tree, [], running)
+            self.nodes = nodes
         self._check_finite(host)
+        if self.watch_tree:
+            self.watch_tree(tree, verdict)
         counts = [row[0] for row in host]
-        self.depths = [row[1] for row in host]
         gained = [count if go else 0 for count, go in zip(counts, running, strict=True)]
         self.lengths = [old + new for old, new in zip(self.lengths, gained, strict=True)]
         everyone = gained == counts
@@ -435,8 +450,6 @@ class _Run:
             tree, logits, ancestors, limit, running, drafts, planned
         )
         self.drafted = drafted or self.drafted
-        if self.watch_tree:
-            self.watch_tree(tree, verdict)
         return verdict, host, features
 
     @contextmanager
@@ -547,15 +560,19 @@ def check_prompts(
     target: Target, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
 ) -> list[Tensor]:
     """The prompts without their padding; UserError for those that cannot be answered."""
-    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         what = getattr(input_ids, "dtype", type(input_ids).__name__)
-        raise UserError(f"input_ids of type {what}; expected a tensor of whole numbers")
+        raise UserError(f"input_ids of type {what}; expected a tensor of int64 or int32")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise UserError(f"input_ids of shape {tuple(input_ids.shape)}; expected [rows, tokens]")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
+    if not isinstance(attention_mask, Tensor):
+        raise UserError(
+            f"attention_mask of type {type(attention_mask).__name__}; expected a tensor"
+        )
     if attention_mask.shape != input_ids.shape:
         raise UserError(
             f"attention_mask of shape {tuple(attention_mask.shape)} for input_ids of shape "

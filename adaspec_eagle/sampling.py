@@ -2,7 +2,8 @@
 
 Every random number belongs to a place (seed, row, position, purpose), so that the token which the
 target draws there does not depend on the tree, on the round, or on what else is in the batch:
-decoding with trees gives token for token what sampling without a draft gives.
+decoding with trees gives token for token what sampling without a draft gives. (A chain whose tokens
+are drawn from the head keeps the law alone: its ratio test takes numbers of its own.)
 
 Legend: B rows of the batch, A rows still walking, N nodes, V vocabulary, Vd draft vocabulary,
 D depth, K draws of a place.

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from adaspec_eagle import generate
 from adaspec_eagle.attention import GROUPED, grouped
 from adaspec_eagle.cache import TreeCache
-from adaspec_eagle.draft import Drafter, Dynamic, chain
+from adaspec_eagle.draft import Drafter, Dynamic, Static, chain
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.head import DraftHead, HeadConfig, built_in_heads
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_head, tiny_target
@@ -132,9 +133,14 @@ def test_a_draft_at_which_the_target_breaks_down_is_only_not_taken(temperature):
     drafted = {(token + 1) % VOCAB for token in plain.answers[0][1:]} - seen
     assert drafted
     target.model.get_input_embeddings().weight.data[list(drafted)] = float("nan")
-    found = generate(target, head, ids, mask, tree=chain(3), **options)
+    seen = []
+    watch = lambda tree, verdict: seen.append(tree.tokens.shape[1])  # noqa: E731
+    found = generate(target, head, ids, mask, tree=chain(3), watch_tree=watch, **options)
     assert found.answers == plain.answers
-    assert 0 < found.stats.undrafted <= found.stats.rounds
+    assert 1 in seen  # a round taken without its draft, which counts as verified all the same
+    assert len(seen) == found.stats.rounds
+    assert found.stats.nodes == 3 * found.stats.rounds
+    assert found.stats.undrafted == 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
@@ -280,6 +286,16 @@ def test_growing_the_cache_changes_nothing(monkeypatch):
     assert torch.equal(found.sequences, reference(target, ids, mask, new=200))
 
 
+def test_a_long_prompt_leaves_room_for_its_answer(monkeypatch):
+    """A cache that a prompt has filled would be copied in the first round."""
+    target = tiny_target()
+    head = tiny_head(target)
+    ids = torch.randint(8, VOCAB, (1, 100))
+    monkeypatch.setattr(sys.modules[generate.__module__], "FIRST_CAPACITY", 64)
+    monkeypatch.setattr(TreeCache, "_grow", None)
+    assert len(generate(target, head, ids, max_new_tokens=20, ignore_eos=True).answers[0]) == 20
+
+
 def test_the_heads_cache_after_ragged_rounds_is_that_of_a_fresh_prefill():
     """Rows take in 3, 1 and no pairs, then one row leaves: state and next tree are as if new."""
     target = tiny_target()
@@ -365,6 +381,12 @@ def test_target_and_head_can_be_trained_after_decoding(dtype):
         ({"stop_strings": [3]}, "stop_strings"),
         ({"input_ids": [[5, 6]]}, "input_ids of type list"),
         ({"input_ids": torch.ones(1, 3)}, "input_ids of type torch.float32"),
+        ({"input_ids": torch.ones(1, 3, dtype=torch.int16)}, "input_ids of type torch.int16"),
+        ({"attention_mask": [[1, 1, 1, 1]]}, "attention_mask of type list"),
+        ({"temperature": "0.7"}, "temperature '0.7': must be a number"),
+        ({"temperature": 1.0, "top_p": None}, "top_p None: must be a number"),
+        ({"stop_strings": 5}, "stop_strings|stop strings"),
+        ({"temperature": 1.0, "row_keys": 5}, "row_keys 5"),
         ({"tree": "chain:²"}, "unknown tree"),
         ({"tree": 5}, "unknown tree"),
         ({"max_new_tokens": 9999}, "context"),
@@ -397,6 +419,31 @@ def test_a_refused_input_leaves_the_model_unharmed(options, named):
     assert facts(target) == before
     target.embedding.data[50] = row
     assert generate(target, head, ids, max_new_tokens=8).answers == wanted
+
+
+def test_numbers_of_numpy_are_numbers():
+    target = tiny_target()
+    given = {"top_k": np.int64(5), "top_p": np.float32(0.9), "min_new_tokens": np.int64(3)}
+    own = {"top_k": 5, "top_p": float(np.float32(0.9)), "min_new_tokens": 3}
+    answers = [
+        generate(target, None, prompts(1)[0], temperature=1.0, max_new_tokens=8, **options).answers
+        for options in (given, own)
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("parents", "ranks"),
+    [((0, 2, 0), (0, 0, 0)), ((0, 0), (0,)), ((0, 0), (1, 0)), ((0, 0), (0, -1)), ((), ())],
+)
+def test_what_is_no_static_tree_is_refused(parents, ranks):
+    with pytest.raises(UserError, match="a parent and a rank for each node"):
+        Static(parents, ranks)
+
+
+def test_sizes_of_a_tree_are_whole():
+    with pytest.raises(UserError, match="must be whole"):
+        Dynamic(nodes=2.5)
 
 
 def facts(target) -> tuple:
