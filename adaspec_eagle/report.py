@@ -27,7 +27,7 @@ from adaspec_eagle.plots import (
     tree_drawing,
 )
 from adaspec_eagle.record import with_interval
-from adaspec_eagle.speed_tables import arm_rows, matched_with
+from adaspec_eagle.speed_tables import figure_rows, matched_with
 from adaspec_eagle.storage import read_json
 from adaspec_eagle.suite_tables import TableData, suite_tables
 
@@ -225,11 +225,11 @@ def tiles(view: Figures) -> str:
 
 def arms_data(view: Figures) -> TableData:
     """One row an arm, one column a figure."""
-    cells = arm_rows(matched_with(view))
-    header = ["arm", "draft", *cells]
+    figures = figure_rows(view)
+    header = ["arm", "draft", *(label for label, *_ in figures)]
     rows = [
-        [key, arm["shape"] or "-", *(cell(arm) for cell in cells.values())]
-        for key, arm in view["arms"].items()
+        [key, arm["shape"] or "-", *(cells[place] for _, *cells in figures)]
+        for place, (key, arm) in enumerate(view["arms"].items())
     ]
     lacking = view.get("baselines", {}).items()
     rows += [[key, f"lacks {facts['lacks']}"] for key, facts in lacking if facts.get("lacks")]

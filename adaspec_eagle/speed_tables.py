@@ -29,10 +29,14 @@ def arms_table(result: Figures) -> Table:
     header = [""]
     for key, arm in arms.items():
         header.append(key + ("" if arm["shape"] in (None, key) else f"\n{arm['shape']}"))
-    rows = arm_rows(matched_with(result)).items()
-    return terminal_table(
-        _title(result), header, [[label, *map(cell, arms.values())] for label, cell in rows]
-    )
+    return terminal_table(_title(result), header, figure_rows(result))
+
+
+def figure_rows(result: Figures) -> list[list[str]]:
+    """The label of a figure, and its cell of every arm; without those that no arm has."""
+    labels = arm_rows(matched_with(result)).items()
+    rows = [[label, *map(cell, result["arms"].values())] for label, cell in labels]
+    return [row for row in rows if set(row[1:]) != {"-"}]
 
 
 def _title(result: Figures) -> str:

@@ -107,8 +107,7 @@ def source_line(link: str, view: str, result: dict[str, Any]) -> str:
 def speedup(result: dict[str, Any]) -> str:
     """Rows are figures, columns are arms."""
     arms = result["arms"]
-    labels = speed_tables.arm_rows(speed_tables.matched_with(result))
-    rows = [[label, *map(cell, arms.values())] for label, cell in labels.items()]
+    rows = speed_tables.figure_rows(result)
     shapes = {key: arm["shape"] for key, arm in arms.items()}
     header = ["", *(f"{key} ({shape})" if shape else key for key, shape in shapes.items())]
     return f"{markdown_table(header, rows)}\n\n{headline(arms)['sentence']}"
