@@ -34,7 +34,7 @@ HELP = {
     "target's first layers; a dotted module or a path.py",
     "unroll": "training steps on the head's own hidden states (eagle3 3, eagle1 1); medusa: "
     "blocks (4)",
-    "shallow": "share of the optimiser steps that unroll once only, for an --unroll-th of the work",
+    "shallow": "share of the optimiser steps that unroll once only, for 0.4 to 0.5 of the work",
     "decay": "weight of step s is decay^s",
     "draft_vocab": "size of the draft vocabulary",
     "train_output": "output rows of the head's own instead of the target's, frozen",
