@@ -29,7 +29,7 @@ LEVELS = [  # a module imports from earlier lines, or from its own line, only
     {"auto", "feature_store"},
     {"draft", "unroll"},
     {"generate"},
-    {"distill", "selfdata", "asks", "estimate", "plug", "chat"},
+    {"distill", "selfdata", "asks", "estimate", "plug", "chat", "work"},
     {"acceptance", "answers", "bench", "export", "callbacks", "plots", "speed_tables", "prepare"},
     {"onpolicy"},
     {"train", "measure", "suites"},
