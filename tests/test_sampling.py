@@ -16,7 +16,17 @@ from transformers import (
 from adaspec_eagle import generate
 from adaspec_eagle.draft import Dynamic
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.sampling import ACCEPT, DRAFT, PICK, Row, Sampler, draw, uniforms, warpers
+from adaspec_eagle.sampling import (
+    ACCEPT,
+    DRAFT,
+    PICK,
+    Row,
+    Sampler,
+    draw,
+    greatest,
+    uniforms,
+    warpers,
+)
 from adaspec_eagle.tree import DraftTree
 from tests.test_lossless import prompts
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_head, tiny_target
@@ -87,6 +97,19 @@ def test_a_row_draws_alone_what_it_draws_in_a_batch(tree):
         alone = ids[row][mask[row].bool()][None]
         found = generate(target, head, alone, row_keys=[row], **options)
         assert found.answers[0] == together.answers[row]
+
+
+@pytest.mark.parametrize("vocab", [256, 1024, 300], ids=["block", "blocks", "no-blocks"])
+def test_the_greatest_is_that_of_max_ties_and_nan_included(vocab):
+    torch.manual_seed(0)
+    for turn in range(40):
+        logits = torch.randn(1 + turn % 3, vocab).to(torch.bfloat16)
+        if turn % 2:
+            logits = logits.round()  # many ties
+        if turn % 5 == 4:
+            logits[-1, torch.randint(vocab, (2,))] = float("nan")
+        for found, wanted in zip(greatest(logits), logits.max(-1), strict=True):
+            assert torch.equal(found.nan_to_num(9.0), wanted.nan_to_num(9.0))
 
 
 def test_seeds_differ_and_repeat():
