@@ -164,7 +164,7 @@ def costs_of(
         "rows": rows,
         "width": width,
         "compiled": compiled,
-        "packed": bool(packing(target.model).places),
+        "packed": bool(packing(target.model, look=False).places),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     path = default_cache_dir() / "costs" / f"{key}.json"
