@@ -26,7 +26,7 @@ from adaspec_eagle.record import check_folder, environment, markdown_table, sha2
 from adaspec_eagle.storage import weights_file
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
 
-ANSWER = 16  # tokens of an answer, some five rounds
+ANSWER = 40  # tokens of an answer: fewer rounds than after which drafting may be given up
 
 
 def parser() -> argparse.ArgumentParser:
