@@ -21,8 +21,14 @@ from adaspec_eagle import generate, load_head
 from adaspec_eagle.bench import find_head, positive
 from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.head import DraftHead
-from adaspec_eagle.paths import shown
-from adaspec_eagle.record import check_folder, environment, markdown_table, sha256, write_json
+from adaspec_eagle.record import (
+    check_folder,
+    environment,
+    markdown_table,
+    sha256,
+    shown,
+    write_json,
+)
 from adaspec_eagle.storage import weights_file
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
 

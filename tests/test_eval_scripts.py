@@ -554,6 +554,9 @@ def test_what_a_round_costs_by_itself_is_part_of_it(here, capsys):
     given = ["--target", "target", "--dtype", "float32", "--contexts", "32", "64", "--rounds", "3"]
     assert script("bench_rounds").main([*given, "--tree", "dynamic", "--out", "rounds"]) == 0
     result = json.loads((here / "rounds" / "result.json").read_text())
+    assert len(result["head"]["sha256"]) == 64
+    assert result["target"]["dtype"] == "float32"
+    assert min(result["rounds"].values()) >= 3
     for context in ("32", "64"):
         pairs = zip(result["own_seconds"][context], result["round_seconds"][context], strict=True)
         assert all(0 < own < whole for own, whole in pairs)
