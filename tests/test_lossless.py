@@ -134,7 +134,10 @@ def test_a_draft_at_which_the_target_breaks_down_is_only_not_taken(temperature):
     assert drafted
     target.model.get_input_embeddings().weight.data[list(drafted)] = float("nan")
     seen = []
-    watch = lambda tree, verdict: seen.append(tree.tokens.shape[1])  # noqa: E731
+
+    def watch(tree, verdict):
+        seen.append(tree.tokens.shape[1])
+
     found = generate(target, head, ids, mask, tree=chain(3), watch_tree=watch, **options)
     assert found.answers == plain.answers
     assert 1 in seen  # a round taken without its draft, which counts as verified all the same
