@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -376,8 +377,8 @@ def on_task(
             continue
         config = filled(config_of(plan.arm(name, task), {"data": files}), workshop.target)
         train, _ = read_records(config, workshop.target)
-        prompt = max(1, round(sum(len(record.prompt_ids) for record in train) / len(train)))
-        answer = max(1, round(sum(len(record.answer_ids) for record in train) / len(train)))
+        prompt = max(1, round(fmean(len(record.prompt_ids) for record in train)))
+        answer = max(1, round(fmean(len(record.answer_ids) for record in train)))
         usual = head_class(config.head).default_unroll
         steps = unrolling(config)[0]
         head = new_head(head_sizes(replace(config, unroll=max(steps, usual)), workshop.target))

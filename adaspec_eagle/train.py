@@ -237,10 +237,10 @@ def run_training(
     assert config.unroll is not None
     assert config.shallow is not None
     given = _given_heads(config, target)
-    head_sizes(config, target)  # raises, if it does, before the data are read
+    sizes = head_sizes(config, target)
     data = _prepare(config, out, workshop, given)
     _note_seen(config.init, data.facts)
-    sizes = head_sizes(replace(config, draft_vocab=len(data.vocab)), target)
+    sizes = replace(sizes, draft_vocab_size=len(data.vocab))
     job = Job(config, out, target, sizes, data)
     objective = Objective(
         config.loss,
