@@ -173,9 +173,7 @@ def costs_of(
             _KNOWN[key] = Costs(**json.loads(path.read_text())["costs"])
         except (OSError, ValueError, KeyError, TypeError):
             _KNOWN[key] = measure_costs(target, head, rows, width, compiled)
-            with suppress(
-                UserError
-            ):  # a cache that cannot be written to is measured again next time
+            with suppress(UserError):  # what cannot be kept is measured again next time
                 write_json(path, {"facts": facts, "costs": asdict(_KNOWN[key])})
     return _KNOWN[key]
 

@@ -41,7 +41,8 @@ DEFINITIONS = {
     "prefill left out; what else there is of draft, verify and rest is the loop's own work",
     "peak_memory_bytes": "CUDA: peak allocated while the arm ran; CPU: peak resident set of the "
     "process while the arm ran",
-    "generate": "transformers' model.generate, do_sample=False, no penalties, stock attention",
+    "generate": "transformers' model.generate, no penalties or cuts, stock attention; "
+    "do_sample=False, with a temperature do_sample=True and torch's random numbers",
     "efficiency": "arms of this package: decode_speedup_vs_loop / (tau t(1) / t(n)): what drafting "
     "leaves of the gain that tau promises; t(n): the target's forward with n tokens, from `costs`, "
     "n: the mean number of tokens that the arm verifies a round",
@@ -210,6 +211,7 @@ def measured_figures(bench: Bench, arms: Sequence[Arm], units: Sequence[Unit]) -
         "arms": figures,
         "costs": asdict(costs),
         "files": files,
+        "temperature": bench.temperature,
         "matched_with": reference,
         "per_prompt": [_raw(unit, reference) for unit in units],
     }

@@ -70,12 +70,9 @@ class Unit:
 
 def build_arms(bench: Bench, shapes: dict[str, str]) -> list[Arm]:
     """The two baselines, then an arm for each shape (`draft_shapes`)."""
-    baseline = partial(greedy_baseline, bench.target, bench.max_new_tokens)
-    if bench.temperature:
-        baseline = partial(sampled_baseline, bench)
     ours: dict[str, str | None] = {"loop": None, **shapes}
     arms = [Arm(key, shape, partial(decode, bench, shape)) for key, shape in ours.items()]
-    return [Arm("generate", None, baseline), *arms]
+    return [Arm("generate", None, partial(baseline, bench)), *arms]
 
 
 def decode(
@@ -122,7 +119,23 @@ def greedy_baseline(
     target: Target, max_new_tokens: int, ids: Tensor, mask: Tensor
 ) -> tuple[list[list[int]], AcceptanceStats]:
     """Plain `model.generate`: ids and mask `[B, T]`, left-padded. Trimmed answers and counts."""
-    return _plain_generate(target, max_new_tokens, ids, mask, do_sample=False)
+    return _plain_generate(target, max_new_tokens, ids, mask, **_choice(0.0))
+
+
+def baseline(
+    bench: Bench, ids: Tensor, mask: Tensor, **how: Any
+) -> tuple[list[list[int]], AcceptanceStats]:
+    """The same at the bench's temperature, from the whole distribution, with torch's numbers."""
+    torch.manual_seed(bench.seed + _row_keys(ids, mask)[0])
+    how |= _choice(bench.temperature)
+    return _plain_generate(bench.target, bench.max_new_tokens, ids, mask, **how)
+
+
+def _choice(temperature: float) -> dict[str, Any]:
+    """How `model.generate` is to choose tokens."""
+    if not temperature:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
 
 def compiled_baseline(
@@ -137,19 +150,8 @@ def compiled_baseline(
     how: Any = CompileConfig()
     how._compile_all_devices = True  # else transformers compiles on accelerators only
     room = max(len(p.ids) for unit in bench.units() for p in unit) + bench.max_new_tokens
-    return _plain_generate(
-        bench.target, bench.max_new_tokens, ids, mask, do_sample=False,
-        cache_implementation="static", compile_config=how, max_cache_len=room,
-    )  # fmt: skip
-
-
-def sampled_baseline(
-    bench: Bench, ids: Tensor, mask: Tensor
-) -> tuple[list[list[int]], AcceptanceStats]:
-    """The same at the bench's temperature, from the whole distribution, with torch's numbers."""
-    torch.manual_seed(bench.seed + _row_keys(ids, mask)[0])
-    how = {"do_sample": True, "temperature": bench.temperature, "top_k": 0, "top_p": 1.0}
-    return _plain_generate(bench.target, bench.max_new_tokens, ids, mask, **how)
+    static: Any = {"cache_implementation": "static", "max_cache_len": room}
+    return baseline(bench, ids, mask, compile_config=how, **static)
 
 
 def _plain_generate(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from adaspec_eagle.record import write_bytes
+from adaspec_eagle.speed_tables import warmth
 
 Figures = dict[str, Any]
 COLORS = {  # of arms; others take OTHERS in turn
@@ -235,7 +236,7 @@ def speedup_png(result: Figures, path: Path) -> None:
     """tokens/s of each arm with its interval; acceptance by depth of the drafts."""
     target, prompts = result["target"], sum(source["prompts"] for source in result["prompts"])
     panels = [one for one in drawings(result) if one.name in ("speed", "acceptance")]
-    title = f"{target['name']}, {target['dtype']}, {prompts} prompts"
+    title = f"{target['name']}, {target['dtype']}, {warmth(result)}{prompts} prompts"
     sheet(panels, path, title, "× over generate; whiskers and bands: 95 % intervals over prompts")
 
 

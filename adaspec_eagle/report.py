@@ -168,7 +168,8 @@ def add_file(page: Page, path: Path) -> None:
 def views_of(result: Figures) -> list[tuple[str, Figures]]:
     """(addition to the heading, figures in the form of a speed-up result) of a measurement."""
     if result["kind"] == "speedup":
-        return [("", result)]
+        heat = result.get("temperature")  # of old records none: they are greedy
+        return [(f", at temperature {heat:g}" if heat else "", result)]
     return [
         (f", {result['suite']} at temperature {run['temperature']:g}", result | run)
         for run in result["runs"]

@@ -41,7 +41,13 @@ def figure_rows(result: Figures) -> list[list[str]]:
 
 def _title(result: Figures) -> str:
     target, prompts = result["target"], sum(source["prompts"] for source in result["prompts"])
-    return f"{target['name']}, {target['dtype']}, {prompts} prompts [dim](95 % interval)[/dim]"
+    what = f"{target['name']}, {target['dtype']}, {warmth(result)}{prompts} prompts"
+    return f"{what} [dim](95 % interval)[/dim]"
+
+
+def warmth(result: Figures) -> str:
+    """`temperature T, ` of sampled answers; nothing of greedy ones (old records do not say)."""
+    return f"temperature {result['temperature']:g}, " if result.get("temperature") else ""
 
 
 def arm_rows(reference: str = "generate") -> dict[str, Callable[[Figures], str]]:
@@ -136,8 +142,10 @@ def method_rows(result: Figures) -> list[list[str]]:
 
 def _method_row(key: str, arm: Figures) -> list[str]:
     ratios = [ratio(name)(arm) for name in ("speedup_vs_generate", "speedup_vs_loop", "tau")]
-    gap = f", gap {arm['gap']:.2g}" if arm["gap"] else ""
-    verdict = f"{'yes' if arm['lossless'] else 'NO'}, {arm['matched']}/{arm['total']}{gap}"
+    verdict = f"{arm['matched']}/{arm['total']}"
+    if "lossless" in arm:  # a rule for greedy answers
+        gap = f", gap {arm['gap']:.2g}" if arm["gap"] else ""
+        verdict = f"{'yes' if arm['lossless'] else 'NO'}, {verdict}{gap}"
     return [key, arm["shape"] or "-", f"{arm['tokens_per_s']:.1f}", *ratios, verdict]
 
 

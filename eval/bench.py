@@ -103,7 +103,7 @@ def run(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     """All sets at the bench's temperature."""
     arms = build_arms(bench, draft_shapes(args.tree, args.chain))
     units = [unit for source in bench.sources for unit in measure_set(bench, source, arms, args)]
-    return {"temperature": bench.temperature, **measured_figures(bench, arms, units)}
+    return measured_figures(bench, arms, units)
 
 
 def measure_set(

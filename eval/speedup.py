@@ -6,6 +6,7 @@
     python eval/speedup.py --baselines all medusa=runs/medusa/head eagle2=runs/eagle1/head@auto
     python eval/speedup.py --arm my_decoder.py:forward
     python eval/speedup.py --tree --compile                all arms compiled, transformers' too
+    python eval/speedup.py --tree --temperature 1          sampled answers
 
 Four arms decode the same prompts in one process, alternating prompt by prompt: `generate`
 (transformers), `loop` (this package without a draft), `chain` and `tree`. Other methods join them
@@ -23,7 +24,13 @@ from rich.console import Console
 
 from adaspec_eagle import baselines, foreign, plots, speed_tables
 from adaspec_eagle.baselines import METHODS, build_baselines, parse_asks
-from adaspec_eagle.bench import add_arguments, add_draft_arguments, draft_shapes, open_bench
+from adaspec_eagle.bench import (
+    add_arguments,
+    add_draft_arguments,
+    at_least_zero,
+    draft_shapes,
+    open_bench,
+)
 from adaspec_eagle.compiled import check_compiler, graphs_made
 from adaspec_eagle.errors import UserError, command_line, run_main
 from adaspec_eagle.figures import speedup_result, without_prompts
@@ -64,6 +71,13 @@ def parser() -> argparse.ArgumentParser:
         "model.generate with a static cache and torch.compile. On CPU it takes a C++ compiler and "
         "some minutes before the timed runs; another number of rows is another graph",
     )
+    made.add_argument(
+        "--temperature",
+        type=at_least_zero,
+        default=0.0,
+        metavar="T",
+        help="of sampling; the package's arms draw with the same numbers. default: 0, greedy",
+    )
     add_arguments(made, PROMPTS)
     return made
 
@@ -72,11 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, record."""
     args = parser().parse_args(argv)
     asks = parse_asks(args.baselines)
+    if args.temperature and (asks or args.arm):
+        raise UserError(
+            f"--temperature {args.temperature:g}: --baselines and --arm decode greedily; leave one "
+            "of the two out"
+        )
     for text in args.arm:
         foreign.check_decoder(text)
     if args.compile:
         check_compiler(default_device())
-    bench = replace(open_bench(args), compiled=args.compile)
+    bench = replace(open_bench(args), compiled=args.compile, temperature=args.temperature)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(f"head: {bench.choice.folder} ({bench.choice.why})", markup=False, soft_wrap=True)
     others = build_baselines(bench, asks)
@@ -94,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result["definitions"] = result["definitions"] | baselines.DEFINITIONS | foreign.DEFINITIONS
     if args.out:  # what was timed; where answers differ takes its time to find out
         write_json(args.out / "result.json", result)
-    for key, found in agreement(bench.target, units, list(result["arms"])).items():
+    judged = {} if bench.temperature else agreement(bench.target, units, list(result["arms"]))
+    for key, found in judged.items():
         result["arms"][key] |= found
     show(console, result)
     if args.out:
@@ -121,8 +141,8 @@ def show(console: Console, result: dict) -> None:
         console.print(speed_tables.files_table(result))
     if result["target"]["dtype"] in ("bfloat16", "float16"):
         console.print(
-            f"In {result['target']['dtype']} answers differ from generate's by rounding; "
-            "eval/lossless.py shows by how much."
+            f"In {result['target']['dtype']} answers differ from {result['matched_with']}'s by "
+            "rounding; eval/lossless.py shows by how much greedy ones do."
         )
     console.print(result["headline"]["sentence"], style="bold", highlight=False, soft_wrap=True)
 

@@ -28,10 +28,11 @@ PAGES = [Path("README.md"), Path("docs/results.md")]
 PAGES += [
     Path(f"heads/pretrained/smollm2-135m-{name}/README.md") for name in ("eagle3", "eagle3-long")
 ]
-LAST_COLUMN = (
-    "Last column: lossless or not, answers identical to `generate`'s, and how far the logit of an "
-    "emitted token lies below the largest at most, where it is not zero."
-)
+LAST_COLUMN = {
+    "generate": "Last column: lossless or not, answers identical to `generate`'s, and how far the "
+    "logit of an emitted token lies below the largest at most, where it is not zero.",
+    "loop": "Last column: answers identical to `loop`'s, which draws with the same random numbers.",
+}  # by what answers were compared with
 MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -131,7 +132,7 @@ def speedup_methods(result: dict[str, Any]) -> str:
 def speedup_brief(result: dict[str, Any]) -> str:
     """The same without what the baselines are."""
     table = markdown_table(speed_tables.METHOD_COLUMNS, speed_tables.method_rows(result))
-    return f"{table}\n\n{LAST_COLUMN}"
+    return f"{table}\n\n{LAST_COLUMN[speed_tables.matched_with(result)]}"
 
 
 def acceptance(result: dict[str, Any]) -> str:

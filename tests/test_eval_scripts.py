@@ -236,6 +236,25 @@ def compiled_run(monkeypatch, capsys, generate_compiled):
     return json.loads(out.splitlines()[-1]), steps, out
 
 
+def test_sampled_arms_draw_what_the_loop_draws(here):
+    more = ["--prompts", "a.jsonl", "--batch-size", "2", "--temperature", "0.9", "--seed", "3"]
+    out = here / "sampled"
+    run = arguments("--tree", "auto", "dynamic", *more, "--out", str(out))
+    assert script("speedup").main(run) == 0
+    found = json.loads((out / "result.json").read_text())
+    assert (found["matched_with"], found["temperature"]) == ("loop", 0.9)
+    for key in ("chain", "tree", "dynamic"):
+        arm = found["arms"][key]
+        assert (arm["matched"], arm["total"]) == (3, 3)
+        assert "lossless" not in arm  # a rule for greedy answers
+    page = here / "page.md"
+    page.write_text("<!-- table:sampled -->\n<!-- /table -->\n<!-- table:sampled/brief -->\n"
+                    "<!-- /table -->\n")  # fmt: skip
+    assert script("tables").main(["--pages", str(page), "--results", str(here)]) == 0
+    assert "answers equal to loop's" in page.read_text()
+    assert "identical to `loop`'s" in page.read_text()
+
+
 def test_compile_is_for_every_arm_and_the_headline_is_over_the_fastest(here, monkeypatch, capsys):
     def made(bench, ids, mask):
         return greedy_baseline(bench.target, bench.max_new_tokens, ids, mask)
@@ -447,6 +466,9 @@ def test_a_prompt_longer_than_the_context_is_named(here, capsys):
         ("acceptance", ["--max-new-tokens", "1"], "nothing is drafted"),
         ("speedup", ["--arm", "decoder"], "my_decoder.py:forward"),
         ("speedup", ["--tree", "chain:3"], "--chain K"),
+        ("speedup", ["--temperature", "1", "--baselines", "lookup"], "greedily"),
+        ("speedup", ["--temperature", "1", "--arm", "decoder.py:forward"], "greedily"),
+        ("speedup", ["--temperature", "nan"], "at least 0"),
         ("lossless", ["--margin", "nan"], "at least 0"),
         ("lossless", ["--margin", "-1"], "at least 0"),
     ],
