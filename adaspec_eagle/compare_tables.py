@@ -7,10 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from adaspec_eagle.acceptance import stats_of
 from adaspec_eagle.contrasts import DEFINITIONS, METRICS, Arm, compare, read_cells
 from adaspec_eagle.grid import FLOPS, Plan
 from adaspec_eagle.plots import forest_drawings, sheet
 from adaspec_eagle.record import environment, markdown_table, with_interval, write_json, write_text
+from adaspec_eagle.stats import AcceptanceStats
 from adaspec_eagle.suite_tables import published
 
 Summary = dict[str, Any]
@@ -65,14 +67,14 @@ def _facts(arm: Arm) -> dict[str, Any]:
     for name in ("train_seconds", "train_tokens_per_s", "held_back_tau_sim"):
         known = [cell[name] for cell in cells if cell[name] is not None]  # resumed: no seconds
         means[name] = sum(known) / len(known) if known else None
-    depths = [cell["figures"]["alpha_by_depth"] for cell in cells]
+    prompts = [counts for cell in cells for counts in cell["per_prompt"]]
     return {
         "seeds": arm.seeds,
         "prompts": first["prompts"]["prompts"],
         **{name: first[name] for name in FACTS},
         **{name: first["config"].get(name) or None for name in FORM},  # older ones lack some
         **means,
-        "alpha_by_depth": [sum(column) / len(column) for column in zip(*depths, strict=False)],
+        "alpha_by_depth": sum(stats_of(prompts, "greedy"), AcceptanceStats()).alpha_by_depth,
     }
 
 

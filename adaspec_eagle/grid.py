@@ -57,13 +57,13 @@ FLOPS = (
     "less often, as in --shallow steps, in proportion to the FLOPs of products, counted on a text "
     "of the task's mean lengths; AdaSPEC's reference stage the same, and 1 "
     "for the reference head's losses, which are computed once (in every epoch with --on-policy and "
-    "--features recompute); a moving average 1 a token and epoch; an answer that the head writes 2 "
-    "a token. An arm with data of its own makes as many passes over answer tokens as it would over "
-    "the baseline's, whose tokens are counted; so are those of the answers that on-policy ones, "
-    "which can be shorter, replace. Comparable between heads of the same form only. The "
-    "target's own work is not in it: one pass a task, shared by all arms, but another output layer "
-    "in every step for losses and selections that need its full vocabulary, and with --on-policy a "
-    "pass over all answers in every epoch"
+    "--features recompute); a moving average 1 a token and epoch; an answer that the head writes "
+    "two passes unrolled once, counted likewise. An arm with data of its own makes as many passes "
+    "over answer tokens as it would over the baseline's, whose tokens are counted; so are those of "
+    "the answers that on-policy ones, which can be shorter, replace. Comparable between heads of "
+    "the same form only. The target's own work is not in it: one pass a task, shared by all arms, "
+    "but another output layer in every step for losses and selections that need its full "
+    "vocabulary, and with --on-policy a pass over all answers in every epoch"
 )
 
 
@@ -86,7 +86,7 @@ class Plan:
     seeds: dict[str, int] = field(default_factory=dict)  # by arm; others as many as --seeds
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # OF_TASKS
     # Forward work of an arm's unroll steps and of the first alone, over that of its kind's own
-    # number of them: of arms that unroll otherwise, on one task (`on_task`).
+    # number of them: of arms that unroll otherwise or write answers, on one task (`on_task`).
     work: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
@@ -109,7 +109,8 @@ class Plan:
         """Head FLOPs of an arm at a given budget, as FLOPS defines them."""
         arm, own = self.arms[name], self.epochs(name, epochs)
         found = self._each(name) * own
-        found += 2 * config_of(arm, {}).on_policy * max(0, math.ceil(own) - 1)
+        written = config_of(arm, {}).on_policy * max(0, math.ceil(own) - 1)
+        found += 2 * self._work(name)[1] * written
         if arm.reference:
             found += self._scoring(name) * (min(1.0, own) if self._scored_once(name) else own)
             found += self.cost(arm.reference, epochs)
@@ -133,10 +134,11 @@ class Plan:
         return self.work.get(name, (unrolling(config)[0] / usual, 1 / usual))
 
     def uncounted(self, name: str) -> list[str]:
-        """Of an arm and those that its budget depends on: what unrolls otherwise, not counted."""
+        """Of an arm and those that its budget depends on: whose work is still to be counted."""
         arm, config = self.arms[name], config_of(self.arms[name], {})
         unroll, shallow = unrolling(config)
-        other = shallow or unroll != head_class(config.head).default_unroll
+        usual = head_class(config.head).default_unroll
+        other = shallow or config.on_policy or unroll != usual
         found = [name] if other and name not in self.work else []
         for link in filter(None, (arm.reference, arm.match)):
             found += self.uncounted(link)
@@ -365,7 +367,7 @@ def run_grid(
 def on_task(
     plan: Plan, task: str, names: Collection[str], settings: GridSettings, workshop: Workshop
 ) -> Plan:
-    """The plan with the work of these arms' unroll steps, where they unroll otherwise than usual.
+    """The plan with the work of these arms' unroll steps, where it has to be counted.
 
     Counted on a text of the mean lengths of the arm's training records. Where a file of those is
     not here the plan stays without.

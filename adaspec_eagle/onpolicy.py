@@ -23,6 +23,7 @@ Legend: B rows, P prompt columns, S tokens of a block, F H features.
 """
 
 import json
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -191,10 +192,10 @@ class OnPolicy(TrainerCallback):
     def write(self, seed: int, epoch: int) -> list[dict[str, Any]]:
         """The answers of this epoch."""
         records = self.answers.records
-        mixed = 1_000_003 * seed + epoch
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(mixed))
-        able = [i for i in order.tolist() if len(records[i].prompt_ids) > 1]
-        chosen = able[: round(self.fraction * len(records))]
+        able = [i for i, record in enumerate(records) if len(record.prompt_ids) > 1]
+        count = min(round(self.fraction * len(records)), len(able))
+        # A stream of its own: drawn as the order of the batches is, whole batches would be chosen.
+        chosen = random.Random(f"on-policy {seed} {epoch}").sample(able, count)
         writer = copy_of(self.head, self.target)
         lengths = [len(records[i].prompt_ids) + len(records[i].answer_ids) for i in chosen]
         found = []
@@ -203,7 +204,7 @@ class OnPolicy(TrainerCallback):
             prompts = [records[i].prompt_ids for i in keys]
             limits = [len(records[i].answer_ids) for i in keys]
             made = draft_answers(
-                self.target, writer, prompts, limits, keys, self.steps, mixed % 2**63
+                self.target, writer, prompts, limits, keys, self.steps, 1_000_003 * seed + epoch
             )
             found += [
                 {"record": i, "answer_ids": answer} for i, answer in zip(keys, made, strict=True)

@@ -3,19 +3,20 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from adaspec_eagle.distill import Distiller
+from adaspec_eagle.distill import AnswerSet, Distiller, LengthBuckets
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.features import split_rows, target_rows
-from adaspec_eagle.onpolicy import draft_answers
+from adaspec_eagle.onpolicy import OnPolicy, draft_answers
 from adaspec_eagle.sampling import DRAFT, draw, uniforms
 from adaspec_eagle.train import TrainConfig, run_training
 from adaspec_eagle.unroll import unroll
-from tests.records import answers_file
+from tests.records import answers_file, record
 from tests.tiny import tiny_head, tiny_target, tiny_target_folder
 
 PROMPTS = [[1, 20, 21, 22, 23], [1, 30], [1, 40, 41]]
@@ -97,6 +98,24 @@ def test_half_of_the_answers_are_rewritten_anew_each_epoch(whole):
     notes = json.loads((whole / "head" / "train.json").read_text())
     assert [len(answers) for answers in written] == [round(notes["data"]["records"] / 2)] * 2
     assert set(written[0]) != set(written[1])
+
+
+def test_steps_mix_answers_of_both_kinds(monkeypatch):
+    """What is rewritten does not depend on the order in which the batches hold the records."""
+    answers = AnswerSet([record(2, 3, seed=n) for n in range(2000)])
+    target = tiny_target()
+
+    def nothing(target, head, prompts, *_):
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr("adaspec_eagle.onpolicy.draft_answers", nothing)
+    writer = OnPolicy(target, tiny_head(target), answers, 0.5, 3, Path(), watch=None)
+    for epoch in (1, 2):
+        written = {item["record"] for item in writer.write(0, epoch)}
+        assert len(written) == 1000
+        order = list(LengthBuckets(answers.lengths(), 8, 0, lambda epoch=epoch: epoch))
+        steps = [sum(i in written for i in order[n : n + 8]) for n in range(0, 2000, 8)]
+        assert sum(count in (0, 8) for count in steps) < 10  # of 250; two are to be expected
 
 
 @pytest.mark.parametrize("step", [6, 14])
