@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from adaspec_eagle.attention import exact_dtype
@@ -415,6 +415,7 @@ class Distiller(Trainer):
             )
         self.student = Student(head, objective, target, recompute)
         super().__init__(model=self.student, data_collator=collate, **kwargs)
+        self.add_callback(FindBest())
         self.head = head
         self.target = target
         self.objective: Objective = objective
@@ -607,8 +608,8 @@ class Distiller(Trainer):
         finally:
             made, self.aside = Path(self.aside) / name, None
         all_meet()
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(whole)
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = best_folder(self.args, self.state)
         if self.args.should_save:
             self.state.save_to_json(str(made / "trainer_state.json"))
             shutil.rmtree(whole, ignore_errors=True)
@@ -617,6 +618,16 @@ class Distiller(Trainer):
             rotate_checkpoints(str(folder), self.args.save_total_limit, best, use_mtime=True)
         all_meet()
 
+    def _load_best_model(self) -> None:
+        """The weights of the best step; UserError where its checkpoint is gone."""
+        best = best_folder(self.args, self.state)
+        if not Path(best).is_dir():
+            raise UserError(
+                f"{best}, the best by tau_sim, is missing: put it back, or train again with "
+                "another --out"
+            )
+        super()._load_best_model()
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         answers = self.train_dataset if train_dataset is None else train_dataset
         assert isinstance(answers, AnswerSet)
@@ -624,6 +635,22 @@ class Distiller(Trainer):
         rows *= self.args.gradient_accumulation_steps  # as many processes or micro-batches: alike
         seed = self.args.data_seed or self.args.seed
         return LengthBuckets(answers.lengths(), rows, seed, lambda: int(self.state.epoch or 0))
+
+
+def best_folder(args: TrainingArguments, state: TrainerState) -> str:
+    """The best checkpoint, where the run's folder is now: it may have been moved."""
+    return str(Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}")
+
+
+class FindBest(TrainerCallback):
+    """Looks for the best checkpoint there; the Trainer forgets one that is not where it was."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Behind the loading of a checkpoint's state."""
+        if state.best_global_step:
+            state.best_model_checkpoint = best_folder(args, state)
 
 
 class LengthBuckets(Sampler):
@@ -656,8 +683,7 @@ class LengthBuckets(Sampler):
         for pool in order.split(32 * self.batch_size):
             ranked = pool[self.lengths[pool].argsort(descending=True)]
             batches += ranked.split(self.batch_size)
-        whole = [batch for batch in batches if len(batch) == self.batch_size]
-        short = [batch for batch in batches if len(batch) < self.batch_size]
-        mixed = torch.randperm(len(whole), generator=generator).tolist()
-        for batch in [whole[i] for i in mixed] + short:
-            yield from batch.tolist()
+        whole = len(order) // self.batch_size  # only the last batch can be short: it stays last
+        mixed = torch.randperm(whole, generator=generator).tolist()
+        for place in [*mixed, *range(whole, len(batches))]:
+            yield from batches[place].tolist()

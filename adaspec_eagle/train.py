@@ -395,6 +395,12 @@ def _settle(config: TrainConfig, out: Path, resume: bool) -> TrainConfig:
             )
         saved = _begun(path)
         _check_split(saved)
+        processes = json.loads(path.read_text(encoding="utf-8")).get("processes", process_count())
+        if processes != process_count():
+            raise UserError(
+                f"{out} was begun with {processes} processes, here are {process_count()}: its "
+                "steps would hold other records; launch as many, or start again with another --out"
+            )
         for option in fields(TrainConfig):
             given, begun = getattr(config, option.name), getattr(saved, option.name)
             if given not in (getattr(TrainConfig(), option.name), begun):
@@ -410,7 +416,8 @@ def _settle(config: TrainConfig, out: Path, resume: bool) -> TrainConfig:
             f"{out} holds a run already; go on with it (--resume), or choose another --out"
         )
     out.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"config": asdict(config), "environment": environment()})
+    begun = {"config": asdict(config), "environment": environment(), "processes": process_count()}
+    write_json(path, begun)
     return config
 
 
@@ -440,7 +447,7 @@ def _prepare(
     layers = head_class(config.head).feature_layers(target.num_layers)
     rewritten = bool(config.on_policy)  # features are then kept in memory or not at all
     sizes = (config.draft_vocab, config.max_length, config.held_back)
-    wanted = (config.data, layers, sizes, rewritten)
+    wanted = (config.data, layers, sizes, rewritten, config.features)
     if workshop.data is None or workshop.wanted != wanted or not _has_vocab(workshop, fixed_ids):
         workshop.data = None  # lets go of its features first
         made = _read(config, target, fixed_ids)
@@ -556,13 +563,14 @@ def _stage(
     size = sum(weight.numel() for weight in head.parameters()) / 1e6
     say(f"training {folder}: {size:.1f} M weights, selection {objective.select}, {epochs:g} epochs")
     checkpoints = job.out / "checkpoints" / name
+    assert job.config.optimizer is not None
     train, reference_seconds = _training_answers(job, objective, epochs, reference)
     trainer = Distiller(
         head,
         target=job.target,
         objective=objective,
         reference=reference,
-        optimizer=job.config.optimizer or "muon",
+        optimizer=job.config.optimizer,
         recompute=job.config.gradient_checkpointing,
         args=_arguments(job, checkpoints, epochs),
         train_dataset=train,
@@ -671,6 +679,7 @@ def _fresh_head(job: Job, name: str) -> DraftHead:
 def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
     """The Trainer's arguments for one stage."""
     config = job.config
+    assert config.lr is not None
     # As the Trainer counts them: an epoch's last step may have fewer records.
     steps = math.ceil(epochs * math.ceil(len(job.data.train) / _window(config)))
     every = math.ceil(steps / config.evaluations)
@@ -680,7 +689,7 @@ def _arguments(job: Job, folder: Path, epochs: float) -> TrainingArguments:
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
-        learning_rate=config.lr or OPTIMIZERS["adamw"],
+        learning_rate=config.lr,
         lr_scheduler_type=SCHEDULES[config.schedule],
         warmup_steps=max(1, steps // 50),
         max_grad_norm=1.0,

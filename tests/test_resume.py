@@ -94,6 +94,49 @@ def test_a_resumed_run_takes_no_other_options_and_no_damaged_notes(tmp_path):
             run_training(TrainConfig(), tmp_path, resume=True)
 
 
+def test_a_run_goes_on_with_as_many_processes_as_it_began_with(config, plain, monkeypatch):
+    monkeypatch.setattr("adaspec_eagle.train.process_count", lambda: 2)
+    with pytest.raises(UserError, match="begun with 1 processes, here are 2"):
+        run_training(TrainConfig(), plain, resume=True)
+
+
+def test_the_best_checkpoint_is_kept_and_taken_in_a_folder_that_was_moved(
+    config, tmp_path, monkeypatch
+):
+    """The best is the first of four; the run is stopped behind it and its folder moved."""
+    settings = replace(config, evaluations=4, take="best")
+    evaluate = Distiller.evaluate
+
+    def falling(self, *args, **kwargs):
+        metrics = evaluate(self, *args, **kwargs)
+        metrics["eval_tau_sim"] = 3 - self.state.global_step / 12
+        return metrics
+
+    monkeypatch.setattr(Distiller, "evaluate", falling)
+    compute = Distiller.compute_loss
+
+    def interrupt(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(Distiller, "compute_loss", interrupt)
+    with pytest.raises(UserError, match="step 5 of 12"):
+        run_training(settings, tmp_path / "begun")
+    monkeypatch.setattr(Distiller, "compute_loss", compute)
+    moved = (tmp_path / "begun").rename(tmp_path / "moved")
+    head = run_training(TrainConfig(), moved, resume=True)
+    assert json.loads((head / "train.json").read_text())["best_step"] == 3
+    best = load_file(moved / "checkpoints/head/checkpoint-3/model.safetensors")
+    found = load_file(head / "model.safetensors")
+    assert all(torch.equal(found[name], best[f"head.{name}"]) for name in found)
+
+    shutil.rmtree(head)
+    shutil.rmtree(moved / "checkpoints/head/checkpoint-3")
+    with pytest.raises(UserError, match="checkpoint-3, the best by tau_sim, is missing"):
+        run_training(TrainConfig(), moved, resume=True)
+
+
 def test_there_must_be_something_to_resume(tmp_path):
     with pytest.raises(UserError, match="nothing to resume"):
         run_training(TrainConfig(), tmp_path / "none", resume=True)

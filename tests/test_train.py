@@ -267,6 +267,17 @@ def test_an_initial_head_takes_a_vocabulary_counted_anew(folder, run, tmp_path):
         options(folder, fresh_vocab=True)
 
 
+def test_features_that_one_run_asked_for_are_not_the_next_runs(folder, run, tmp_path):
+    workshop = Workshop(Target.load(str(folder / "target")))
+    for mode in ("recompute", "memory"):
+        config = options(folder, reference=str(run / "reference"), epochs=1.0, features=mode)
+        notes = json.loads(
+            (run_training(config, tmp_path / mode, workshop=workshop) / "train.json").read_text()
+        )
+        assert notes["data"]["features"] == mode
+        assert (notes["reference_seconds"] is None) == (mode == "recompute")
+
+
 def test_a_vocabulary_that_a_head_brought_along_is_not_the_next_runs(folder, run, tmp_path):
     """Several runs of one process share their data: a plain run after one with --reference."""
     other = answers_file(tmp_path / "other.jsonl", records=12)
