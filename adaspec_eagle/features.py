@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from adaspec_eagle.processes import process_count
 from adaspec_eagle.targets import Target
@@ -49,10 +50,7 @@ def target_pass(
     target: Target, ids: Sequence[Sequence[int]], layers: Sequence[int]
 ) -> list[Tensor]:
     """Rows `[T, W]` of each of these records, on the CPU, by one pass over all of them."""
-    longest = max(len(record) for record in ids)
-    padded = torch.zeros(len(ids), longest, dtype=torch.long)
-    for b, record in enumerate(ids):
-        padded[b, : len(record)] = torch.tensor(record)
+    padded = pad_sequence([torch.tensor(record) for record in ids], batch_first=True)
     rows = target_rows(target, padded, layers).cpu()
     return [found[: len(record)] for found, record in zip(rows, ids, strict=True)]
 

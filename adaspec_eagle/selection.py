@@ -67,7 +67,7 @@ def highest(score: Tensor, mask: Tensor, keep: str | float | Decimal) -> Tensor:
     position; a score that is not a number counts as the smallest. Returns booleans of that shape,
     never True outside the mask; keep = 1 gives the mask itself.
     """
-    flat, allowed = score.detach().float().flatten(), mask.flatten().bool()
+    flat, allowed = score.detach().flatten(), mask.flatten().bool()
     count = kept(int(allowed.sum()), keep)
     flat = flat.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     order = flat.sort(descending=True, stable=True).indices

@@ -16,6 +16,7 @@ from adaspec_eagle.selection import (
     check_selection,
     chosen_weights,
     divisor,
+    highest,
     keep_at,
     kept,
     needs,
@@ -48,6 +49,11 @@ def test_the_largest_gaps_are_chosen_and_masked_tokens_never():
 def test_ties_go_to_the_earlier_position():
     chosen = select(torch.ones(6), torch.zeros(6), torch.ones(6, dtype=torch.bool), "0.5")
     assert chosen.tolist() == [True] * 3 + [False] * 3
+
+
+def test_scores_are_compared_in_their_own_precision():
+    score = torch.tensor([1.0, 1.0 + 1e-9], dtype=torch.float64)
+    assert highest(score, torch.ones(2, dtype=torch.bool), "0.5").tolist() == [False, True]
 
 
 def test_keep_one_is_the_mask_itself():
