@@ -190,11 +190,14 @@ def static_paths(paths: Sequence[tuple[int, ...]]) -> Static:
 
 
 def parse_shape(tree: str | Shape) -> Shape:
-    """A shape from what a user types: "auto", "dynamic", "static", "chain:K", "sampled:K"."""
+    """A shape from what a user types: "auto", "dynamic", "static", "chain:K", "sampled:K".
+
+    "chain" and "sampled" alone are of 4 tokens.
+    """
     if isinstance(tree, Shape):
         return tree
-    kind, _, size = str(tree).partition(":")
-    if kind in ("chain", "sampled") and (not size or size.isdecimal()):
+    kind, colon, size = str(tree).partition(":")
+    if kind in ("chain", "sampled") and (not colon or size.isdecimal()):
         made = chain(int(size or 4))
         return Sampled(made.depth) if kind == "sampled" else made
     if tree == "auto":

@@ -26,7 +26,7 @@ from adaspec_eagle.auto import Planner, costs_of
 from adaspec_eagle.compiled import check_compiler, decoding_mode, target_call
 from adaspec_eagle.draft import Auto, Drafter, Shape, check_shape, parse_shape, picked
 from adaspec_eagle.errors import UserError
-from adaspec_eagle.head import DraftHead
+from adaspec_eagle.head import DraftHead, check_head
 from adaspec_eagle.packed import packing
 from adaspec_eagle.sampling import Row, Sampler, warpers
 from adaspec_eagle.stats import AcceptanceStats
@@ -234,7 +234,7 @@ def generate(
     if compiled:
         check_compiler(target.device)
     if head is not None:
-        head.bind(target, allow_other_target)
+        check_head(head).bind(target, allow_other_target)
     cuts = warpers(temperature, None if top_k is None else int(top_k), top_p, min_p)
     prompts = [row.tolist() for row in rows]
     end_ids = [] if ignore_eos else target.eos_token_ids

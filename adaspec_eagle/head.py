@@ -488,6 +488,13 @@ def load_head(
     return head if target is None else head.bind(target, allow_other_target)
 
 
+def check_head(head: object) -> DraftHead:
+    """The same; UserError for what is no head, such as the folder of one."""
+    if not isinstance(head, DraftHead):
+        raise UserError(f"head {head!r} is no draft head: give what load_head(FOLDER) makes")
+    return head
+
+
 def build_head(config: HeadConfig, state: dict[str, Tensor], path: Path) -> DraftHead:
     """A head in evaluation mode with these weights; UserError names `path` if they do not fit."""
     head = head_class(config.head)(config)

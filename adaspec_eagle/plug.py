@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from adaspec_eagle.draft import Shape, parse_shape
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.generate import Answers, check_prompts, decode, padded_answers
-from adaspec_eagle.head import DraftHead
+from adaspec_eagle.head import DraftHead, check_head
 from adaspec_eagle.packed import weights_state
 from adaspec_eagle.sampling import MAX_SEED, Row, Sampler
 from adaspec_eagle.stats import AcceptanceStats
@@ -75,7 +75,7 @@ class Speculative:
         streamer: BaseStreamer | None,
         allow_other_target: bool,
     ) -> None:
-        self.head = head
+        self.head = check_head(head)
         self.shape = parse_shape(tree)
         self.streamer = streamer
         self.allow_other_target = allow_other_target

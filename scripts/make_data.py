@@ -9,6 +9,7 @@ read from the target (chosen layers, last hidden state), for train_head.py --fea
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from adaspec_eagle.feature_store import FORMS
 from adaspec_eagle.head import head_class
 from adaspec_eagle.hub import HUB_SETS, task_prompts
 from adaspec_eagle.prepare import write_store
+from adaspec_eagle.sampling import MAX_SEED
 from adaspec_eagle.targets import DEFAULT_TARGET, Target, describe
 from adaspec_eagle.train import TrainConfig
 
@@ -61,8 +63,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if args.temperature < 0:
-        raise UserError(f"--temperature must be 0 or more, not {args.temperature}")
+    if not 0 <= args.temperature < math.inf:
+        raise UserError(f"--temperature must be 0 or more, and finite, not {args.temperature}")
+    if not 0 <= args.seed < MAX_SEED:
+        raise UserError(f"--seed must be from 0 to {MAX_SEED - 1}, not {args.seed}")
     tokens = SELF_TOKENS if args.tokens is None and "self" in args.prompts else args.tokens
     return Settings(
         tokens=tokens,

@@ -662,6 +662,8 @@ def test_the_trial_of_an_estimate_finds_what_a_batch_costs(monkeypatch, rows, le
         (["--prompts", "self", "--answers", "given"], "answered by the target"),
         (["--tokens", "0"], "--tokens"),
         (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--seed", "-2"], "--seed"),
     ],
 )
 def test_make_data_refuses_what_makes_no_sense(tmp_path, arguments, says):

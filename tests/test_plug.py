@@ -14,7 +14,7 @@ from transformers import (
     StopStringCriteria,
 )
 
-from adaspec_eagle import speculative
+from adaspec_eagle import generate, speculative
 from adaspec_eagle import targets as targets_module
 from adaspec_eagle.errors import UserError
 from tests.test_sampling import batch
@@ -249,6 +249,15 @@ def test_what_is_not_supported_is_refused_by_name(more):
         model.generate(
             ids, attention_mask=mask, custom_generate=speculative(head), max_new_tokens=4, **more
         )
+
+
+@pytest.mark.parametrize("head", [None, "heads/mine"])
+def test_what_is_no_head_is_refused(head):
+    with pytest.raises(UserError, match="is no draft head"):
+        speculative(head)
+    if head:
+        with pytest.raises(UserError, match="'heads/mine' is no draft head"):
+            generate(tiny_target(), head, torch.tensor([[9, 10]]))
 
 
 def test_a_head_of_another_model_is_refused():

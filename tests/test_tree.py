@@ -216,7 +216,7 @@ def test_a_walk_ends_where_a_match_at_all_nodes_ends():
         assert new == verdict.tokens[row, :length].tolist() == wanted.tokens[row, :length].tolist()
 
 
-@pytest.mark.parametrize("wrong", ["tree", "chain:0", "chain:x", "beam"])
+@pytest.mark.parametrize("wrong", ["tree", "chain:0", "chain:x", "chain:", "sampled:", "beam"])
 def test_unknown_shapes_are_refused(wrong):
     with pytest.raises(UserError, match="chain"):
         parse_shape(wrong)
