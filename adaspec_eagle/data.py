@@ -40,6 +40,11 @@ class Record:
     fingerprint: str | None
     temperature: float | None
 
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and answer."""
+        return self.prompt_ids + self.answer_ids
+
 
 # ---------------------------------------------------------------- reading
 

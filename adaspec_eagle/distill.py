@@ -135,7 +135,7 @@ class AnswerSet(Dataset):
             record, rows = self.rewritten[index]
         else:
             record, rows = self.records[index], None if self.table is None else self.table[index]
-        ids = torch.tensor(record.prompt_ids + record.answer_ids)
+        ids = torch.tensor(record.ids)
         mask = torch.zeros(len(ids), dtype=torch.bool)
         mask[len(record.prompt_ids) :] = True
         item: dict[str, Any] = {"input_ids": ids, "loss_mask": mask}
@@ -147,7 +147,7 @@ class AnswerSet(Dataset):
 
     def lengths(self) -> list[int]:
         """Tokens of each record, prompt included."""
-        return [len(record.prompt_ids) + len(record.answer_ids) for record in self.records]
+        return [len(record.ids) for record in self.records]
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

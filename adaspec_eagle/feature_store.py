@@ -58,11 +58,6 @@ class Shard:
     checksums: list[int]  # CRC-32 of each record's tensors
 
 
-def record_ids(record: Record) -> list[int]:
-    """The tokens that the target reads: prompt and answer."""
-    return record.prompt_ids + record.answer_ids
-
-
 def record_key(ids: Sequence[int]) -> str:
     """A digest of the token ids."""
     return blake2b(np.asarray(ids, dtype=np.int32).tobytes(), digest_size=12).hexdigest()
@@ -164,7 +159,7 @@ class FeatureStore:
 
     def rows_of(self, records: Sequence[Record], target: Target) -> "StoredRows":
         """Their rows, for training. Raises UserError if the store does not have them all."""
-        keys = [record_key(record_ids(record)) for record in records]
+        keys = [record_key(record.ids) for record in records]
         missing = [r.id for r, key in zip(records, keys, strict=True) if key not in self.places]
         if missing:
             raise UserError(
@@ -269,7 +264,7 @@ def open_for_writing(
 
 def missing_records(store: FeatureStore, records: Sequence[Record]) -> dict[str, Record]:
     """Records that the store does not have, by key."""
-    found = {record_key(record_ids(record)): record for record in records}
+    found = {record_key(record.ids): record for record in records}
     return {key: record for key, record in found.items() if key not in store.places}
 
 
@@ -296,8 +291,8 @@ def write_features(
     The records of one command run through the target in the same batches whether or not it was
     killed in between, so that the rows are the same to the bit.
     """
-    found = {record_key(record_ids(record)): record for record in records}
-    keys, ids = list(found), [record_ids(record) for record in found.values()]
+    found = {record_key(record.ids): record for record in records}
+    keys, ids = list(found), [record.ids for record in found.values()]
     pending: dict[str, dict[str, Tensor]] = {}
     size = done = 0
     for batch in target_batches(ids, batch_tokens):

@@ -197,7 +197,7 @@ class OnPolicy(TrainerCallback):
         # A stream of its own: drawn as the order of the batches is, whole batches would be chosen.
         chosen = random.Random(f"on-policy {seed} {epoch}").sample(able, count)
         writer = copy_of(self.head, self.target)
-        lengths = [len(records[i].prompt_ids) + len(records[i].answer_ids) for i in chosen]
+        lengths = [len(records[i].ids) for i in chosen]
         found = []
         for batch in length_batches(lengths, BATCH_TOKENS):
             keys = [chosen[place] for place in batch]

@@ -27,7 +27,6 @@ from adaspec_eagle.feature_store import (
     check_room,
     missing_records,
     open_for_writing,
-    record_ids,
     token_bytes,
     write_features,
 )
@@ -84,7 +83,7 @@ def compute_features(
     Those on disk are there already when a run is resumed.
     """
     if where == "memory":
-        ids = [record_ids(record) for record in records]
+        ids = [record.ids for record in records]
         return _watched("features", sum(map(len, ids)), make_table(target, ids, layers))
     store = FeatureStore(where) if where != "disk" else None
     if store is None:
@@ -109,7 +108,7 @@ def write_store(
     for fault in store.mend():
         say(fault)
     missing = missing_records(store, records)
-    tokens = sum(len(record_ids(record)) for record in missing.values())
+    tokens = sum(len(record.ids) for record in missing.values())
     needed = tokens * token_bytes(target, layers, dtype)
     say(
         f"{folder}: {len(missing)} records to add, {tokens:,} tokens, {needed / 2**30:.2f} GiB in "

@@ -258,7 +258,7 @@ def reference(target, head):
 
 def table(target, head):
     """Features in memory."""
-    ids = [one.prompt_ids + one.answer_ids for one in RECORDS]
+    ids = [one.ids for one in RECORDS]
     *_, (_, found) = make_table(target, ids, head.config.feature_layers)
     return found.rows
 

@@ -111,7 +111,7 @@ def test_adaspec_gradient_is_that_of_its_equation(tmp_path):
     with torch.no_grad():
         for weight in other.parameters():
             weight.mul_(1.2)
-    order = list(LengthBuckets([len(r.prompt_ids + r.answer_ids) for r in RECORDS], 8, 42))
+    order = list(LengthBuckets([len(r.ids) for r in RECORDS], 8, 42))
     batch = make_batch(target, head, collate([AnswerSet(RECORDS)[i] for i in order]))
     tokens = target_tokens(target, head, batch, full=False)
     losses = step_losses(head, objective, batch, tokens).total
@@ -294,7 +294,7 @@ def test_a_feature_table_holds_what_the_target_gives():
     target = tiny_target()
     head = tiny_head(target)
     layers = head.config.feature_layers
-    ids = [r.prompt_ids + r.answer_ids for r in RECORDS]
+    ids = [r.ids for r in RECORDS]
     done, table = list(make_table(target, ids, layers, batch_tokens=40))[-1]
     assert done == sum(map(len, ids))
     for index, record_ids in enumerate(ids):
@@ -310,7 +310,7 @@ def test_tau_sim_is_one_plus_the_mean_product_of_matches():
     found = teacher_forced(target, head, RECORDS, steps=3, batch_size=3)
     sums, places, matches = 0, 0, [[], [], []]
     for item in RECORDS:
-        ids = torch.tensor([item.prompt_ids + item.answer_ids])
+        ids = torch.tensor([item.ids])
         features, _ = split_rows(
             target_rows(target, ids, head.config.feature_layers), target, head.config.feature_layers
         )
@@ -358,7 +358,7 @@ def test_activations_computed_again_give_the_same_gradient(name):
 def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path, select, name):
     """Medusa's and EAGLE-1's features are the last hidden states: one tensor, saved twice."""
     target = tiny_target()
-    ids = [r.prompt_ids + r.answer_ids for r in RECORDS]
+    ids = [r.ids for r in RECORDS]
     *_, (_, table) = make_table(target, ids, tiny_head(target, name).config.feature_layers)
     table[3][4, 0] = torch.inf  # a feature of a record, and what follows from it
     head = tiny_head(target, name).train()

@@ -16,7 +16,6 @@ from adaspec_eagle.feature_store import (
     FeatureStore,
     open_for_writing,
     pack,
-    record_ids,
     record_key,
     token_bytes,
     unpack,
@@ -55,7 +54,7 @@ def test_a_store_holds_what_the_target_gives_in_several_shards(tmp_path):
     assert len(shards(tmp_path)) > 2
     for index, made in enumerate(RECORDS):
         assert isinstance(rows[index], Future)
-        wanted = target_rows(target, torch.tensor([record_ids(made)]), LAYERS)[0]
+        wanted = target_rows(target, torch.tensor([made.ids]), LAYERS)[0]
         torch.testing.assert_close(rows[index].result(), wanted)
     first, rest = rows.split(5)
     assert torch.equal(rest[0].result(), rows[5].result())
@@ -64,7 +63,7 @@ def test_a_store_holds_what_the_target_gives_in_several_shards(tmp_path):
 
 def test_the_size_told_beforehand_is_the_size_written(tmp_path):
     target = tiny_target(dtype=torch.bfloat16)
-    tokens = sum(len(record_ids(made)) for made in RECORDS)
+    tokens = sum(len(made.ids) for made in RECORDS)
     for dtype in ("bfloat16", "int8"):
         written(tmp_path / dtype, target, dtype=dtype)
         (file,) = shards(tmp_path / dtype)
@@ -126,7 +125,7 @@ def test_writing_goes_on_after_a_kill_with_the_same_rows(tmp_path, monkeypatch):
     again = written(tmp_path / "cut", target, shard_bytes=10_000)
     assert shards(tmp_path / "cut")[0].stat().st_mtime_ns == kept
     for made in RECORDS:
-        key = record_key(record_ids(made))
+        key = record_key(made.ids)
         assert torch.equal(again.read(key, torch.float64), whole.read(key, torch.float64))
 
 
