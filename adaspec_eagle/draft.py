@@ -304,8 +304,7 @@ class Drafter:
             self.causal = hide(fused.new_zeros(1, 1, count, count), before[None])
         past, none = self._masks()
         mask = _beside(past, none.expand(-1, count, -1), self.causal[:, :, :count, :count])
-        steps = torch.arange(count, device=fused.device)
-        hidden, logits = self._forward(fused, tokens, steps, mask, 0)
+        hidden, logits = self._forward(fused, tokens, _up_to(count, fused.device), mask, 0)
         self.cache.commit_prefix(length, longest + self.head.leading)
         self.hidden, self.logits = _at_last(length, hidden, logits)
 
@@ -409,7 +408,11 @@ class Drafter:
             scores.append((score[:, :, None] + logp).flatten(1))  # [B, V * W]
             if depth == deepest:
                 break
-            score, place = scores[-1].topk(width, dim=1)  # [B, W]: the next beam
+            # The next beam, [B, W]; the children of one node come in order.
+            if depth == 1:
+                score, place = scores[-1], _up_to(width, root.device).expand_as(scores[-1])
+            else:
+                score, place = scores[-1].topk(width, dim=1)
             if self.planner:
                 wide = self.planner.wide(depth, score)  # it narrows to so many
                 if not wide:
@@ -429,8 +432,8 @@ class Drafter:
         if self.planner:
             self.drafted = (values[:, 1:], depths.take(chosen[:, 1:]))
             chosen = chosen[:, : 1 + self.planner.nodes(*self.drafted)]
-        above = torch.cat(parents, 1).repeat_interleave(width, dim=1)  # [B, M - 1]
-        above = torch.cat([none, above], 1)
+        above = torch.cat(parents, 1)[:, :, None].expand(-1, -1, width)  # of all but the root
+        above = torch.cat([none, above.flatten(1)], 1)  # [B, M]
         return select_nodes(torch.cat(tokens, 1), above, depths, ranked, chosen)
 
     def _top(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -444,8 +447,8 @@ class Drafter:
 
         Additive masks: `[B, 1, 1, T]`, and `[B, 1, 0]` for the root.
         """
-        none = self.hidden.new_zeros(len(self.hidden), 1, 0)
-        past = tree_mask(self.cache.lengths, self.cache.start, none.bool(), none.dtype)
+        none = self.hidden[:, None, :0]
+        past = tree_mask(self.cache.lengths, self.cache.start, none, none.dtype)
         return past, none
 
     def _level_masks(self, past: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -497,6 +500,12 @@ def _beside(past: Tensor, seen: Tensor, own: Tensor) -> Tensor:
     b, w, _ = seen.shape
     parts = past.expand(-1, -1, w, -1), seen[:, None], own.expand(b, -1, -1, -1)
     return torch.cat(parts, dim=-1)
+
+
+@lru_cache(maxsize=64)
+def _up_to(count: int, device: torch.device) -> Tensor:
+    """0, 1, ... `[count]`. Not to be written to."""
+    return torch.arange(count, device=device)
 
 
 @lru_cache(maxsize=64)

@@ -35,8 +35,8 @@ DEFINITIONS = {
     "between arms, ratio of sums in each resample",
     "matched": "answers equal to those of arm `matched_with`, token by token, of `total`",
     "sha256": "of a prompt: the texts of its turns as a JSON list, UTF-8; of a source: its file",
-    "seconds": "wall seconds by part; their sum is the arm's wall time; transformers' generate is "
-    "split into prefill and rest only",
+    "seconds": "wall seconds by part, prefill with all that comes before it; their sum is the "
+    "arm's wall time; transformers' generate is split into prefill and rest only",
     "forward_seconds": "arms of this package: seconds inside forwards of target and head, those of "
     "prefill left out; what else there is of draft, verify and rest is the loop's own work",
     "peak_memory_bytes": "CUDA: peak allocated while the arm ran; CPU: peak resident set of the "

@@ -302,8 +302,8 @@ def decode(
             shape = replace(shape, costs=found)
     with decoding_mode(target.device, compiled):
         clock = Stopwatch(target.device)
-        run = _Run(target, head, shape, sampler, clock, compiled, answers.watch_tree)
         with clock.part("prefill"):
+            run = _Run(target, head, shape, sampler, clock, compiled, answers.watch_tree)
             first = run.prefill(rows, answers.limit)
         for row, token in enumerate(first):
             answers.extend(row, [token])

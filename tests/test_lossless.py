@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaspec_eagle import generate
+from adaspec_eagle import compiled, generate, packed
 from adaspec_eagle.attention import GROUPED, grouped
 from adaspec_eagle.cache import TreeCache
 from adaspec_eagle.draft import Drafter, Dynamic, Static, chain
@@ -343,6 +343,23 @@ def test_forwards_of_rounds_are_timed_apart_from_the_loops_own_work():
     in_rounds = sum(stats.seconds.values()) - stats.seconds["prefill"]
     assert least <= stats.forward_seconds < in_rounds
     assert in_rounds - stats.forward_seconds < least / 2
+
+
+def test_what_comes_before_the_first_token_counts_as_prefill(monkeypatch):
+    """As the look at the target's weights does, whether they are still those that were packed."""
+    target = tiny_target()
+
+    def looked(model, **options):
+        time.sleep(1.0)
+        return packed.packing(model, **options)
+
+    monkeypatch.setattr(compiled, "packing", looked)
+    ids, _ = prompts(1)
+    seconds = generate(
+        target, tiny_head(target), ids, tree="chain:2", max_new_tokens=4
+    ).stats.seconds
+    assert seconds["prefill"] > 1.0
+    assert sum(seconds.values()) - seconds["prefill"] < 1.0
 
 
 def test_generation_leaves_the_model_as_it_was():
