@@ -44,7 +44,6 @@ TRIES = 16  # draws from the whole vocabulary before a nucleus is sorted out
 LEAST_TEMPERATURE = 1e-6  # logits divided by less may leave float32
 MAX_SEED = 2**64
 MAX_BLOCK = 256  # logits of a block whose greatest is found at once
-FEW_NODES = 8  # the greatest of so many at once cost no more than those of a path one by one
 Ints = Sequence[int] | np.ndarray
 
 
@@ -178,24 +177,17 @@ class Sampler:
         paths, bonus = [[0] for _ in tokens], [row[0] for row in tokens]
         finite = [True] * len(tokens)
         live = [place for place, goes_on in enumerate(running) if goes_on]
-        known: list[list[list]] = []  # of all nodes, the greatest logit and its token: [2][B][N]
-        if self.plain and logits.shape[:2].numel() <= FEW_NODES:
-            known = [x.view(len(tokens), -1).tolist() for x in greatest(logits.flatten(0, 1))]
         for d in range(depth + 1):
             if not live:
                 break
             nodes = [paths[place][-1] for place in live]
-            if known:
-                best, chosen = ([x[b][n] for b, n in zip(live, nodes, strict=True)] for x in known)
-            else:
-                drafted = [[tokens[place][n] for n in paths[place][1:]] for place in live]  # [A][d]
-                tested = drafts if d < depth else None
-                drawn = (tree.tokens[live, d + 1], tested[d][live]) if tested else None
-                alone = len(live) == 1  # then a view will do
-                raw = logits[live[0], nodes[0]][None] if alone else logits[live, nodes]  # [A, V]
-                best, chosen = self._target_tokens(live, raw, drafted, drawn)
+            alone = len(live) == 1  # then a view will do
+            raw = logits[live[0], nodes[0]][None] if alone else logits[live, nodes]  # [A, V]
+            drafted = [[tokens[place][n] for n in paths[place][1:]] for place in live]  # [A][d]
+            drawn = (tree.tokens[live, d + 1], drafts[d][live]) if drafts and d < depth else None
+            chosen, best = self._target_tokens(live, raw, drafted, drawn)
             ahead = []
-            for place, token, top in zip(live, chosen, best, strict=True):
+            for place, token, top in zip(live, chosen.tolist(), best.tolist(), strict=True):
                 finite[place], bonus[place] = math.isfinite(top), token
                 child = _child(tokens[place], parents[place], paths[place][-1], token)
                 if child and finite[place]:
@@ -218,22 +210,21 @@ class Sampler:
         logits: Tensor,
         drafted: list[list[int]],
         drawn: tuple[Tensor, Tensor] | None,
-    ) -> tuple[list[float], list[int]]:
-        """The greatest logit behind `drafted`, and the target's own token there: `[A]` each.
+    ) -> tuple[Tensor, Tensor]:
+        """The target's own tokens behind `drafted`, and the greatest logit there: `[A]` each.
 
         drawn: the next draft tokens `[A]` and the distributions `[A, V]` that they were drawn from.
         """
         best, tokens = greatest(logits)
-        if not self.plain:
-            finite = best.isfinite()
-            if not bool(finite.all()):
-                logits = logits.masked_fill(~finite[:, None], 0.0)
-            scores, ahead = self._process(places, logits, drafted), len(drafted[0])
-            if drawn:
-                tokens = self._ratio_test(places, scores, *drawn, ahead)
-            else:
-                tokens = self._choose(places, scores, ahead)
-        return best.tolist(), tokens.tolist()
+        if self.plain:
+            return tokens, best
+        finite = best.isfinite()
+        if not bool(finite.all()):
+            logits = logits.masked_fill(~finite[:, None], 0.0)
+        scores, ahead = self._process(places, logits, drafted), len(drafted[0])
+        if drawn:
+            return self._ratio_test(places, scores, *drawn, ahead), best
+        return self._choose(places, scores, ahead), best
 
     def picks(
         self, tree: DraftTree, logits: Tensor, depth: int, drafts: list[Tensor] | None = None
