@@ -291,7 +291,8 @@ class Drafter:
         """
         hidden = self.head.prefill(features, tokens, self.cache)
         self.cache.commit_prefix(lengths + self.head.leading)
-        (self.hidden,) = _at_last(lengths, hidden)
+        (last,) = _at_last(lengths, hidden)
+        self.hidden = last.clone()  # a view would keep the whole prompt's, until a round frees them
         self.logits = self.head.logits(self.hidden)
 
     def advance(self, features: Tensor, tokens: Tensor, length: Tensor, longest: int) -> None:

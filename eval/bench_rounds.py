@@ -3,9 +3,11 @@
     python eval/bench_rounds.py
     python eval/bench_rounds.py --contexts 256 1024 4096 7900 --rounds 40 --out results/rounds
 
-Decodes behind prompts of random tokens (their text does not matter here) with the auto tree and
-takes the time inside the forwards of target and head away from that of the rounds. Contexts
-alternate; the figure is a median over answers, of each its mean over rounds.
+Decodes behind prompts of random tokens (their text does not matter here) and takes the time inside
+the forwards of target and head away from that of the rounds. Contexts alternate; the figure is a
+median over answers, of each its mean over rounds. The tree is a dynamic one, for which every round
+drafts as many levels and verifies as many nodes: an auto tree drafts deeper behind a longer
+context, where a forward of the target costs more, so that its rounds differ by more than that.
 """
 
 import argparse
@@ -43,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--head", type=Path, metavar="DIR", help="default: the newest for this target")
     add("--contexts", type=positive, nargs="+", default=[256, 1024, 4096, 7900], metavar="N")
     add("--rounds", type=positive, default=40, help="at least so many each (%(default)s)")
-    add("--tree", default="auto", help="as in eval/speedup.py, or chain:K (%(default)s)")
+    add("--tree", default="dynamic", help="as in eval/speedup.py, or chain:K (%(default)s)")
     add("--dtype", help="bfloat16, float32, float64; by default what the device computes natively")
     add("--out", type=Path, metavar="DIR", help="folder for result.json")
     return made
@@ -51,8 +53,11 @@ def parser() -> argparse.ArgumentParser:
 
 def own_costs(
     target: Target, head: DraftHead, context: int, tokens: int, tree: str
-) -> tuple[int, float, float]:
-    """Of an answer behind `context` random tokens: rounds, own seconds and all seconds of one."""
+) -> tuple[int, dict[str, float]]:
+    """Of an answer behind `context` random tokens: its rounds, and what one of them is, on average.
+
+    Seconds of its own, all seconds, depth and nodes of the verified tree.
+    """
     generator = torch.Generator().manual_seed(context)
     ids = torch.randint(3, target.vocab_size, (1, context), generator=generator)
     new = min(tokens, target.context - context)
@@ -60,8 +65,13 @@ def own_costs(
         target, head, ids.to(target.device), tree=tree, max_new_tokens=new, ignore_eos=True
     ).stats
     wall = sum(stats.seconds.values()) - stats.seconds["prefill"]
-    own = wall - stats.forward_seconds
-    return stats.rounds, own / stats.rounds, wall / stats.rounds
+    sums = {
+        "own_seconds": wall - stats.forward_seconds,
+        "round_seconds": wall,
+        "depth": sum(stats.offered),
+        "nodes": stats.nodes,
+    }
+    return stats.rounds, {name: part / stats.rounds for name, part in sums.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,27 +91,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(describe(target))
     print(f"head {folder}")
     rounds = dict.fromkeys(args.contexts, 0)
-    own: dict[int, list[float]] = {context: [] for context in args.contexts}
-    walls: dict[int, list[float]] = {context: [] for context in args.contexts}
+    answers: dict[int, list[dict[str, float]]] = {context: [] for context in args.contexts}
     own_costs(target, head, min(args.contexts), 4, args.tree)  # warm-up
     while min(rounds.values()) < args.rounds:
         for context in args.contexts:
-            made, costs, time = own_costs(target, head, context, ANSWER, args.tree)
+            made, costs = own_costs(target, head, context, ANSWER, args.tree)
             rounds[context] += made
-            own[context].append(costs)
-            walls[context].append(time)
-    first = median(own[args.contexts[0]])
+            answers[context].append(costs)
+    middle = {
+        context: {name: median(costs[name] for costs in made) for name in made[0]}
+        for context, made in answers.items()
+    }
+    first = middle[args.contexts[0]]["own_seconds"]
     rows = [
         [
             f"{context:,}",
             str(rounds[context]),
-            f"{1e3 * median(walls[context]):.1f}",
-            f"{1e3 * median(own[context]):.2f}",
-            f"{median(own[context]) / first:.2f}",
+            f"{costs['depth']:.1f}",
+            f"{costs['nodes']:.1f}",
+            f"{1e3 * costs['round_seconds']:.1f}",
+            f"{1e3 * costs['own_seconds']:.2f}",
+            f"{costs['own_seconds'] / first:.2f}",
         ]
-        for context in args.contexts
+        for context, costs in middle.items()
     ]
-    titles = ["context", "rounds", "ms a round", "ms of its own", "against the first"]
+    titles = [
+        "context",
+        "rounds",
+        "depth",
+        "nodes",
+        "ms a round",
+        "ms of its own",
+        "against the first",
+    ]
     Console().print(markdown_table(titles, rows), markup=False, soft_wrap=True)
     if args.out:
         result = {
@@ -113,8 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             },
             "head": {"folder": shown(folder), "sha256": sha256(weights_file(folder))},
             "rounds": rounds,
-            "own_seconds": own,  # of one round, by answer
-            "round_seconds": walls,
+            "answers": answers,  # of each what one of its rounds is
             "tree": args.tree,
             "environment": environment(),
         }

@@ -574,11 +574,13 @@ def test_a_size_that_is_not_known_is_refused(here, capsys):
 
 def test_what_a_round_costs_by_itself_is_part_of_it(here, capsys):
     given = ["--target", "target", "--dtype", "float32", "--contexts", "32", "64", "--rounds", "3"]
-    assert script("bench_rounds").main([*given, "--tree", "dynamic", "--out", "rounds"]) == 0
+    assert script("bench_rounds").main([*given, "--out", "rounds"]) == 0
+    assert "against the first" in capsys.readouterr().out
     result = json.loads((here / "rounds" / "result.json").read_text())
     assert len(result["head"]["sha256"]) == 64
     assert result["target"]["dtype"] == "float32"
     assert min(result["rounds"].values()) >= 3
-    for context in ("32", "64"):
-        pairs = zip(result["own_seconds"][context], result["round_seconds"][context], strict=True)
-        assert all(0 < own < whole for own, whole in pairs)
+    answers = [costs for context in ("32", "64") for costs in result["answers"][context]]
+    assert all(0 < costs["own_seconds"] < costs["round_seconds"] for costs in answers)
+    assert {costs["nodes"] for costs in answers} == {8}  # as many every round
+    assert all(1 <= costs["depth"] <= 4 for costs in answers)

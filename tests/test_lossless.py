@@ -326,6 +326,18 @@ def test_the_heads_cache_after_ragged_rounds_is_that_of_a_fresh_prefill():
             assert torch.equal(tree.parents[row], wanted.parents[0])
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_the_head_made_of_a_prompt_is_freed_before_the_rounds(rows):
+    """What is kept is the last state of each row: a view of it would hold the whole prompt's."""
+    head = tiny_head(tiny_target())
+    drafter = Drafter(head, Dynamic(nodes=8, depth=3, width=3))
+    features = torch.randn(rows, 10, 96, dtype=torch.float64)
+    with torch.no_grad():
+        drafter.prefill(features, torch.randint(8, VOCAB, (rows, 11)), torch.tensor([10, 7][:rows]))
+    assert drafter.hidden.untyped_storage().nbytes() == drafter.hidden.nbytes
+    assert drafter.hidden.shape == (rows, head.config.hidden_size)
+
+
 def test_forwards_of_rounds_are_timed_apart_from_the_loops_own_work():
     target = tiny_target()
     head = tiny_head(target)
