@@ -141,7 +141,9 @@ def _figures(notes: Record | None, result: Record | None) -> str:
             lines.append(f"| {arm['shape']} | {tau} | {alpha} | {speed} |")
     files = ", ".join(f"{Path(p['file']).name} ({p['prompts']})" for p in result["prompts"])
     place = result["environment"]["cuda"] or result["environment"]["cpu"]
-    lines += ["", f"Greedy, {result['target']['dtype']}, {place}, prompts: {files}. Brackets: 95 %"]
+    drawn = result.get("temperature")
+    how = f"Sampled at temperature {drawn}" if drawn else "Greedy"
+    lines += ["", f"{how}, {result['target']['dtype']}, {place}, prompts: {files}. Brackets: 95 %"]
     lines += ["bootstrap intervals over prompts. Speed-ups are end to end, in this package."]
     return "\n".join(lines)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from rich.console import Console
 from rich.text import Text
 
@@ -72,14 +71,7 @@ class Chat:
     def prompt(self, question: str) -> torch.Tensor:
         """Token ids `[1, T]` of the conversation with a question behind it; raises UserError."""
         messages = [*self.messages, {"role": "user", "content": question}]
-        try:
-            ids = self.target.chat_ids(messages)
-        except TemplateError as error:
-            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-            raise UserError(
-                f"the chat template of target {self.target.name!r} refuses messages of the roles "
-                f"{roles}: {error}; leave out --system if there is one, or use another target"
-            ) from error
+        ids = self.target.chat_ids(messages)
         return torch.tensor([ids], device=self.target.device)
 
     def _measure(self, prompt: torch.Tensor) -> float:

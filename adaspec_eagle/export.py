@@ -95,4 +95,7 @@ def read_result(path: Path, folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no result of eval/speedup.py: its kind is {result.get('kind')}")
     if (result.get("head") or {}).get("sha256") != sha256(weights_file(folder)):
         raise UserError(f"{path} is no measurement of the head in {folder}: other weights")
+    trained_for = read_json(folder / "config.json").get("target_fingerprint")
+    if trained_for and result["target"].get("fingerprint") != trained_for:
+        raise UserError(f"{path} measured the head with weights it was not trained for")
     return result

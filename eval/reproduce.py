@@ -205,7 +205,11 @@ def reproduce(plan: Plan, args: argparse.Namespace, console: Console) -> dict[st
     given["head"] = record["head"]["folder"]
     settings = argparse.Namespace(**record["arguments"] | given)
     bench = open_bench(settings, partial(sources, plan, args.data_root))
-    bench = replace(bench, compiled=bool(record["arguments"].get("compile")))
+    bench = replace(
+        bench,
+        compiled=bool(record["arguments"].get("compile")),
+        temperature=record.get("temperature") or 0.0,  # records of before could not be sampled
+    )
     arms = recorded_arms(bench, record)
     units = run_arms(bench, arms, "measuring")
     compared = compare(plan, arms, units, bench.seed)

@@ -177,6 +177,7 @@ def test_every_export_has_a_card_with_what_a_user_needs(here, tmp_path, to):
 
 
 def test_the_card_takes_tau_and_alpha_from_a_measurement(here, tmp_path):
+    fields = json.loads((here / "head" / "config.json").read_text())
     arm = {"nodes": 9, "shape": "chain:4", "tau": 1.42, "tau_ci95": [1.32, 1.54]}
     arm |= {"alpha_by_depth": [0.28, 0.31], "speedup_vs_generate": 1.02}
     arm |= {"speedup_vs_generate_ci95": [0.94, 1.11]}
@@ -185,7 +186,7 @@ def test_the_card_takes_tau_and_alpha_from_a_measurement(here, tmp_path):
         "head": {"sha256": sha256(here / "head" / "model.safetensors")},
         "arms": {"generate": {"nodes": 0, "shape": None}, "chain": arm},
         "prompts": [{"file": "data/gsm8k.jsonl", "prompts": 20}],
-        "target": {"dtype": "bfloat16"},
+        "target": {"dtype": "bfloat16", "fingerprint": fields["target_fingerprint"]},
         "environment": {"cuda": None, "cpu": "Some CPU"},
     }
     (tmp_path / "result.json").write_text(json.dumps(result))
@@ -194,9 +195,16 @@ def test_the_card_takes_tau_and_alpha_from_a_measurement(here, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps(result | {"head": {"sha256": "other"}}))
     with pytest.raises(UserError, match="other weights"):
         read_result(tmp_path / "other.json", here / "head")
+    elsewhere = result | {"target": {"dtype": "bfloat16", "fingerprint": "other"}}
+    (tmp_path / "other.json").write_text(json.dumps(elsewhere))
+    with pytest.raises(UserError, match="not trained for"):
+        read_result(tmp_path / "other.json", here / "head")
+    sampled = model_card(fields, None, "MIT", result=result | {"temperature": 1.0})
+    assert "Sampled at temperature 1.0, bfloat16" in sampled
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| chain:4 | 1.42 [1.32, 1.54] | 0.28 0.31 | 1.02 [0.94, 1.11] |" in card
     assert "gsm8k.jsonl (20)" in card
+    assert "Greedy, bfloat16" in card
 
 
 def test_the_card_offers_no_command_that_cannot_work():

@@ -380,16 +380,19 @@ def test_records_of_batches_are_measured_again_by_whole_batches():
     assert [affordable(record, seconds) for seconds in (0.1, 1, 2.5, 9)] == [2, 2, 4, 5]
 
 
-def test_a_compiled_record_is_measured_again_compiled(here, recorded, monkeypatch, capsys):
+def test_a_compiled_or_sampled_record_is_measured_again_as_it_was(
+    here, recorded, monkeypatch, capsys
+):
     seen = []
 
     def measured(bench, arms, words):
-        seen.append(bench.compiled)
+        seen.append((bench.compiled, bench.temperature))
         raise UserError("far enough")
 
     before = recorded.read_text()
     altered = json.loads(before)
     altered["arguments"]["compile"] = True
+    altered["temperature"] = 0.7
     module = script("reproduce")
     monkeypatch.setattr(module, "run_arms", measured)
     monkeypatch.setattr(module, "check_compiler", lambda device: None)
@@ -398,7 +401,7 @@ def test_a_compiled_record_is_measured_again_compiled(here, recorded, monkeypatc
         assert run_main(module.main, ["--data-root", "data"]) == 2
     finally:
         recorded.write_text(before)
-    assert seen == [True]
+    assert seen == [(True, 0.7)]
 
 
 def test_a_page_colours_what_was_drafted(page, measured):

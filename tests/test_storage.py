@@ -1,0 +1,75 @@
+"""A head's folder: what saving one there leaves as it was."""
+
+import pytest
+import torch
+from jinja2 import TemplateError
+from tiny import tiny_head, tiny_target
+
+from adaspec_eagle import load_head, targets
+from adaspec_eagle.errors import UserError
+from adaspec_eagle.targets import AutoModelForCausalLM, AutoTokenizer, Target
+
+
+def test_saving_a_head_takes_away_nothing_but_the_head_before_it(tmp_path):
+    """Other files in the folder stay, and so does a folder NAME.old beside it."""
+    target, folder = tiny_target(), tmp_path / "head"
+    (tmp_path / "head.old").mkdir()
+    (tmp_path / "head.old" / "mine").write_text("kept")
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git" / "HEAD").write_text("ref")
+    (folder / "notes.tex").write_text("long work")
+    (folder / "README.md").write_text("of the head before")
+    head = tiny_head(target)
+    head.save(folder)
+    head.save(folder)
+    assert (tmp_path / "head.old" / "mine").read_text() == "kept"
+    assert (folder / ".git" / "HEAD").read_text() == "ref"
+    assert (folder / "notes.tex").read_text() == "long work"
+    assert "before" not in (
+        (folder / "README.md").read_text() if (folder / "README.md").exists() else ""
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["head", "head.old"]
+    for name, tensor in load_head(folder, target).state_dict().items():
+        assert torch.equal(tensor, head.state_dict()[name])
+
+
+def test_a_head_saved_through_a_link_lies_where_the_link_leads(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk", target_is_directory=True)
+    for _ in range(2):
+        tiny_head(tiny_target()).save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "model.safetensors").is_file()
+
+
+def test_the_tokenizer_is_of_the_revision_that_the_weights_are_of(monkeypatch, tmp_path):
+    given = {}
+
+    def refused(kind):
+        def load(path, **options):
+            given[kind] = options
+            if kind == "tokenizer":
+                raise OSError("seen enough")
+            return tiny_target().model
+
+        return load
+
+    monkeypatch.setattr(targets, "_locate", lambda name, gguf_file: (name, gguf_file))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refused("model"))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refused("tokenizer"))
+    with pytest.raises(UserError):
+        Target.load(str(tmp_path), revision="v1.0", token="t", low_cpu_mem_usage=True)
+    assert given["tokenizer"] == {"revision": "v1.0", "token": "t"}
+
+
+def test_a_conversation_that_the_template_refuses_is_an_error_in_words():
+    class Tokenizer:
+        chat_template = "one without system messages"
+
+        def apply_chat_template(self, *_, **__):
+            raise TemplateError("System role not supported")
+
+    target = tiny_target()
+    target.tokenizer = Tokenizer()
+    with pytest.raises(UserError, match="System role not supported"):
+        target.chat_ids([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
