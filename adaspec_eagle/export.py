@@ -96,6 +96,10 @@ def read_result(path: Path, folder: Path) -> dict[str, Any]:
     if (result.get("head") or {}).get("sha256") != sha256(weights_file(folder)):
         raise UserError(f"{path} is no measurement of the head in {folder}: other weights")
     trained_for = read_json(folder / "config.json").get("target_fingerprint")
-    if trained_for and result["target"].get("fingerprint") != trained_for:
-        raise UserError(f"{path} measured the head with weights it was not trained for")
+    measured = result["target"].get("fingerprint")
+    if trained_for and measured != trained_for:
+        raise UserError(
+            f"{path} measured the head with a target of weights {measured}, which it was "
+            f"not trained for ({trained_for} are its own): measure it with its own target"
+        )
     return result

@@ -22,7 +22,7 @@ from adaspec_eagle.paths import replace_folder
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in this order
 HUB_ERRORS = (HTTPError, OSError, ValueError)  # no network, no such repository, no permission
 TOKEN_MAP = "hot_token_id.pt"  # target ids [Vd]; SGLang's --speculative-token-map for EAGLE-1
-HEAD_FILES = {"config.json", "model.safetensors", "README.md", "train.json", TOKEN_MAP}
+HEAD_FILES = {"config.json", "README.md", "train.json", TOKEN_MAP, *WEIGHTS}
 PATTERNS = ["*.json", "*.md", TOKEN_MAP, *WEIGHTS]  # what is fetched of a repository
 
 

@@ -19,6 +19,7 @@ def test_saving_a_head_takes_away_nothing_but_the_head_before_it(tmp_path):
     (folder / ".git" / "HEAD").write_text("ref")
     (folder / "notes.tex").write_text("long work")
     (folder / "README.md").write_text("of the head before")
+    (folder / "pytorch_model.bin").write_text("of the head before")
     head = tiny_head(target)
     head.save(folder)
     head.save(folder)
@@ -29,6 +30,7 @@ def test_saving_a_head_takes_away_nothing_but_the_head_before_it(tmp_path):
         (folder / "README.md").read_text() if (folder / "README.md").exists() else ""
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["head", "head.old"]
+    assert not (folder / "pytorch_model.bin").exists()
     for name, tensor in load_head(folder, target).state_dict().items():
         assert torch.equal(tensor, head.state_dict()[name])
 
