@@ -8,6 +8,7 @@ with the same ones.
 import time
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def _record(target: Target, ask: Ask, ids: list[int], settings: Settings) -> Rec
         target=target.name,
         fingerprint=target.fingerprint,
         temperature=settings.temperature,
+        seed=settings.seed if settings.temperature else None,
     )
 
 
@@ -80,7 +82,7 @@ def answer_prompts(
     target: Target, prompts: list[Prompt], out: Path, settings: Settings, say: Say
 ) -> Tally:
     """Answer prompts that are there; what `out` holds already is not asked again."""
-    tally, done = start(target, out, settings.temperature, say, settings.max_new_tokens)
+    tally, done = start(target, out, settings, say)
     asks = _not_done(target, prompts, settings, tally, done, say)
     if not asks or _enough(tally, settings):
         return tally
@@ -93,11 +95,12 @@ def answer_prompts(
 def give_answers(
     target: Target, prompts: list[Prompt], out: Path, settings: Settings, say: Say
 ) -> Tally:
-    """Write the answers that the prompts' file gives, in the target's tokens.
+    """Write the answers that the prompts' file gives, in the target's tokens; where
+    `settings.tokens` is given, up to the answer that reaches it.
 
     Prompts without one, which published sets have, are left out and counted.
     """
-    tally, done = start(target, out, None, say)
+    tally, done = start(target, out, settings, say, given=True)
     answered = [p for p in prompts if given_answer(p["messages"])]
     if len(answered) < len(prompts):
         tally.dropped["no answer given"] = len(prompts) - len(answered)
@@ -107,14 +110,14 @@ def give_answers(
         if _enough(tally, settings):
             break
         records = [given_record(ask.prompt, target, end) for ask in asks[begin : begin + size]]
-        _add(tally, out, records, target)
+        _add(tally, out, list(_up_to(records, _missing(tally, settings).tokens)), target)
     return tally
 
 
 def answer_self(target: Target, out: Path, settings: Settings, say: Say) -> Tally:
     """Let the target write prompts and answer them until `out` holds `settings.tokens` tokens."""
     assert settings.tokens is not None, "self-written prompts have no end of their own"
-    tally, done = start(target, out, settings.temperature, say, settings.max_new_tokens)
+    tally, done = start(target, out, settings, say)
     journal = Journal.open(target, out, settings)
     if not _enough(tally, settings):
         say(estimate_self(target, _missing(tally, settings)))
@@ -215,33 +218,56 @@ def _fresh(
 
 
 def start(
-    target: Target, out: Path, temperature: float | None, say: Say, longest: int | None = None
+    target: Target, out: Path, settings: Settings, say: Say, given: bool = False
 ) -> tuple[Tally, set[str]]:
     """(counts, ids) of what `out` holds.
 
-    temperature None: the answers are given ones. Raises UserError for a file made by another
-    target, at another temperature, or with answers of more than `longest` tokens.
+    given: its answers are given ones. Raises UserError, with nothing changed, for records that
+    these settings would not have made.
     """
-    tally, done = Tally(), set()
+    tally, done, measured = Tally(), set(), []
     for record in read_answers(out) if mend_jsonl(out) else []:
-        if record.fingerprint != target.fingerprint:
-            raise UserError(
-                f"{out} holds answers of another target ({record.target}); choose another --out"
-            )
-        if record.temperature != temperature:
-            theirs, ours = _kind(record.temperature), _kind(temperature)
-            raise UserError(f"{out} holds answers {theirs}, not {ours} ones; choose another --out")
-        if longest is not None and len(record.answer_ids) > longest:
-            raise UserError(
-                f"{out} was made with a larger --max-new-tokens than {longest}: an answer has "
-                f"{len(record.answer_ids)}; give what it was made with, or another --out"
-            )
+        _check_same(record, target, out, settings, given)
+        if settings.exclude is not None and prompt_messages(record.messages) in settings.exclude:
+            measured.append(record.id)
         done.add(record.id)
         tally.records += 1
         tally.tokens += len(record.answer_ids)
+    if measured:
+        raise UserError(
+            f"{out} holds {len(measured)} records (the first is {measured[0]!r}) whose prompts are "
+            "in the files of --exclude: it was made without these; choose another --out"
+        )
     if done:
         say(f"going on behind {tally.records} records, {tally.tokens:,} answer tokens in {out}")
     return tally, done
+
+
+def _check_same(record: Record, target: Target, out: Path, settings: Settings, given: bool) -> None:
+    """Raise UserError for a record made by another target or in another way."""
+    if record.fingerprint != target.fingerprint:
+        raise UserError(
+            f"{out} holds answers of another target ({record.target}); choose another --out"
+        )
+    temperature = None if given else settings.temperature
+    if record.temperature != temperature:
+        theirs, ours = _kind(record.temperature), _kind(temperature)
+        raise UserError(f"{out} holds answers {theirs}, not {ours} ones; choose another --out")
+    if given:
+        return
+    if record.seed not in (None, settings.seed):
+        raise UserError(
+            f"{out} holds answers of --seed {record.seed}, not {settings.seed}; give that, or "
+            "another --out"
+        )
+    length, limit = len(record.answer_ids), settings.max_new_tokens
+    cut = record.answer_ids[-1] not in target.eos_token_ids
+    if length > limit or cut and length < limit:
+        how, has = ("smaller", "was cut at") if length < limit else ("larger", "has")
+        raise UserError(
+            f"{out} was made with a {how} --max-new-tokens than {limit}: an answer {has} {length}; "
+            "give what it was made with, or another --out"
+        )
 
 
 def _kind(temperature: float | None) -> str:
@@ -284,6 +310,16 @@ def _add(tally: Tally, out: Path, records: list[Record], target: Target) -> None
 
 def _enough(tally: Tally, settings: Settings) -> bool:
     return settings.tokens is not None and tally.tokens >= settings.tokens
+
+
+def _up_to(records: list[Record], tokens: int | None) -> Iterator[Record]:
+    """The records up to the one with which they have so many answer tokens; None: all."""
+    for record in records:
+        yield record
+        if tokens is not None:
+            tokens -= len(record.answer_ids)
+            if tokens <= 0:
+                return
 
 
 def _missing(tally: Tally, settings: Settings) -> Settings:

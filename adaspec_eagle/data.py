@@ -28,7 +28,7 @@ class Record:
     """One prompt with its answer; `answer_ids` holds the end token where it ended by itself.
 
     `fingerprint` is that of the target whose tokens these are (None: not known); `temperature` is
-    None where the answer was given and not generated.
+    None where the answer was given and not generated, `seed` where it was not sampled.
     """
 
     id: str
@@ -39,6 +39,7 @@ class Record:
     target: str
     fingerprint: str | None
     temperature: float | None
+    seed: int | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -151,6 +152,7 @@ def _record(item: dict[str, Any], path: Path, where: str) -> Record:
         target=str(item.get("target", "")),
         fingerprint=item.get("fingerprint"),
         temperature=item.get("temperature"),
+        seed=item.get("seed"),
     )
 
 

@@ -438,6 +438,39 @@ def test_a_file_of_another_target_or_temperature_is_not_gone_on_with(tmp_path):
     short = replace(SETTINGS, max_new_tokens=len(record.answer_ids) - 1)
     with pytest.raises(UserError, match="larger --max-new-tokens"):
         answer_prompts(tiny_target(), [prompt(0)], out, short, silent)
+    assert record.answer_ids[-1] not in tiny_target().eos_token_ids, "it was cut at the limit"
+    long = replace(SETTINGS, max_new_tokens=SETTINGS.max_new_tokens + 1)
+    with pytest.raises(
+        UserError, match="smaller --max-new-tokens than 13: an answer was cut at 12"
+    ):
+        answer_prompts(tiny_target(), [prompt(0)], out, long, silent)
+
+
+def test_sampled_answers_of_two_seeds_are_not_mixed(tmp_path):
+    warm, out = replace(SETTINGS, temperature=1.0, seed=4), tmp_path / "a.jsonl"
+    answer_prompts(tiny_target(), [prompt(0)], out, warm, silent)
+    before = out.read_bytes()
+    with pytest.raises(UserError, match="of --seed 4, not 5; .*another --out"):
+        answer_prompts(tiny_target(), [prompt(0), prompt(1)], out, replace(warm, seed=5), silent)
+    assert out.read_bytes() == before
+    cold = tmp_path / "b.jsonl"
+    answer_prompts(tiny_target(), [prompt(0)], cold, SETTINGS, silent)
+    greedy = replace(SETTINGS, seed=5)  # greedy answers have none
+    assert answer_prompts(tiny_target(), [prompt(0), prompt(1)], cold, greedy, silent).records == 2
+
+
+@pytest.mark.parametrize("run", [answer_prompts, give_answers])
+def test_measuring_prompts_answered_before_are_not_passed_over(tmp_path, run):
+    """They were counted as left out, and stayed in the file."""
+    reply = {"role": "assistant", "content": "w9 w8"}
+    prompts = [p | {"messages": [*p["messages"], reply]} for p in map(prompt, range(4))]
+    out, measured = tmp_path / "a.jsonl", write_lines(tmp_path / "dev.jsonl", prompt(1), prompt(3))
+    run(tiny_target(), prompts, out, SETTINGS, silent)
+    before, apart = out.read_bytes(), replace(SETTINGS, exclude=Measured([measured]))
+    with pytest.raises(UserError, match="2 records .*'p[13]'.* in the files of --exclude"):
+        run(tiny_target(), prompts, out, apart, silent)
+    assert out.read_bytes() == before
+    assert run(tiny_target(), prompts, tmp_path / "b.jsonl", apart, silent).records == 2
 
 
 def test_text_with_half_a_character_is_refused():
@@ -469,6 +502,19 @@ def test_given_answers_become_tokens_with_an_end(tmp_path):
     assert record.task == "g"
     assert record.prompt_ids == target.chat_ids(user("w1 w2"))
     assert target.tokenizer.decode(record.answer_ids) == "w3 w4 </s>"
+
+
+def test_given_answers_stop_at_the_record_that_has_the_tokens(tmp_path):
+    """Up to eight batches more were written."""
+    reply = {"role": "assistant", "content": "w1 w2 w3 w4"}
+    given = [p | {"messages": [*p["messages"], reply]} for p in map(prompt, range(20))]
+    out, settings = tmp_path / "a.jsonl", replace(SETTINGS, tokens=12)
+    tally = give_answers(tiny_target(), given, out, settings, silent)
+    assert (tally.records, tally.tokens) == (3, 15)
+    assert [record.id for record in read_answers(out)] == ["p0", "p1", "p2"]
+    assert (
+        give_answers(tiny_target(), given, out, replace(settings, tokens=16), silent).records == 4
+    )
 
 
 def test_given_answers_that_are_empty_are_left_out_and_counted(tmp_path):
