@@ -1,14 +1,18 @@
 """Heads out of this package and into it: a folder in another layout, whole, with its card."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from adaspec_eagle.card import model_card, publishable, target_licence
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.formats import OURS, to_layout
 from adaspec_eagle.head import HeadConfig, build_head, check_target, load_head
-from adaspec_eagle.published import detect, from_layout, is_ours
+from adaspec_eagle.published import check_fields, detect, from_layout, is_ours
 from adaspec_eagle.record import sha256
 from adaspec_eagle.storage import local_folder, read_json, read_weights, weights_file, write_head
 from adaspec_eagle.targets import Target
@@ -43,7 +47,7 @@ def export_head(
     if where:
         licence = publishable(fields["target"], licence)
     measured = read_result(result, folder) if result else None
-    loaded = Target.load(fields["target"], dtype=next(head.parameters()).dtype)
+    loaded = _load_target(fields["target"], head.parameters())
     check_target(head.config, loaded)
     layout = to_layout(to, fields, head.state_dict(), loaded)
     card = model_card(
@@ -69,12 +73,12 @@ def import_head(name: str | Path, source: str, out: Path, target: str | None = N
     config = read_json(folder / "config.json")
     if is_ours(config):
         raise UserError(f"{folder} is in this package's own layout: there is nothing to import")
+    check_fields(folder / "config.json", config)
     verifier = (config.get("speculators_config") or {}).get("verifier") or {}
     known = target or (config.get(OURS) or {}).get("target") or verifier.get("name_or_path")
     if known is None:
         raise UserError(f"{folder} does not say for which target the head is: give --target")
-    dtype = next(t.dtype for t in read_weights(folder).values() if t.is_floating_point())
-    loaded = Target.load(known, dtype=dtype)
+    loaded = _load_target(known, read_weights(folder).values())
     fields, state = from_layout(folder, loaded, source)
     head = build_head(HeadConfig(**fields), state, weights_file(folder))
     check_target(head.config, loaded)
@@ -82,8 +86,17 @@ def import_head(name: str | Path, source: str, out: Path, target: str | None = N
     return out
 
 
+def _load_target(name: str, weights: Iterable[Tensor]) -> Target:
+    """The target of a head with these weights, in their dtype; for float16 in bfloat16, which keeps
+    the fingerprint of weights below float16's smallest."""
+    dtype = next((t.dtype for t in weights if t.is_floating_point()), None)
+    return Target.load(name, dtype=torch.bfloat16 if dtype == torch.float16 else dtype)
+
+
 def check_free(out: Path) -> None:
     """Raise UserError if a folder cannot be made there."""
+    if out.resolve() == Path.cwd():
+        raise UserError(f"--out {out} is the current folder: name a new one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already: name a new folder with --out")
 

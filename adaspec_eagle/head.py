@@ -451,8 +451,8 @@ def check_target(config: HeadConfig, target: Target, allow_other: bool = False) 
         raise UserError(
             f"this head was trained for {config.target!r} with weights "
             f"{config.target_fingerprint}; target {target.name!r} has weights "
-            f"{target.fingerprint}. Load the same weights, or "
-            "allow the mismatch with --allow-other-target (allow_other_target=True)"
+            f"{target.fingerprint}. Load the same weights, or, where they are only to be tried, "
+            "allow the mismatch (measuring and chat: --allow-other-target; allow_other_target=True)"
         )
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import LlamaConfig
 
-from adaspec_eagle.errors import UserError
+from adaspec_eagle.errors import UserError, first_line
 from adaspec_eagle.formats import (
     LAYER_IDS,
     OURS,
@@ -29,6 +29,13 @@ from adaspec_eagle.storage import TOKEN_MAP, read_json, read_pickled, read_weigh
 from adaspec_eagle.targets import Target
 
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
+OBJECTS = (  # fields of a config that hold fields, where they are given
+    ("eagle_config",),
+    ("transformer_layer_config",),
+    (OURS,),
+    ("speculators_config",),
+    ("speculators_config", "verifier"),
+)
 NEWER = ("norm_before_fc", "fc_norm", "norm_output")  # EAGLE-3.1 and gpt-oss heads
 
 
@@ -60,6 +67,7 @@ def from_layout(
     llama = _llama(path, settings)
     _refuse_unknown(path, config, llama, target)
     state = _renamed(tensors, kind)
+    _refuse_types(folder, state)
     _refuse_missing(folder, found, kind, config, state)
     _settle_biases(state, kind)
     _drop_embedding(folder, state, target)
@@ -85,8 +93,25 @@ def from_layout(
     return fields, state
 
 
+def check_fields(path: Path, config: Fields) -> None:
+    """Raise UserError for fields of a foreign config that are not of the type that they have."""
+    for keys in OBJECTS:
+        found: Any = config
+        for key in keys:
+            found = found.get(key) or {}
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: {'.'.join(keys)} must be an object, not {found!r}")
+    nested = config.get("eagle_config") or {}
+    lists = [("architectures", config, str), (LAYER_IDS, config, int), (LAYER_IDS, nested, int)]
+    for key, holder, kind in lists:
+        found = holder.get(key) or []
+        if not isinstance(found, list) or any(type(item) is not kind for item in found):
+            raise UserError(f"{path}: {key} must be a list of {kind.__name__}, not {found!r}")
+
+
 def detect(folder: Path, config: dict[str, Any], names: Any) -> tuple[str, str]:
     """(layout, head) of a foreign folder; UserError says what was looked for and what was found."""
+    check_fields(folder / "config.json", config)
     kind = "eagle3" if any(n.endswith("hidden_norm.weight") for n in names) else "eagle1"
     speculators = {"eagle": "eagle1", "eagle3": "eagle3"}
     given = config.get("speculators_model_type")
@@ -161,6 +186,19 @@ def _renamed(tensors: State, kind: str) -> State:
     return renamed
 
 
+def _refuse_types(folder: Path, state: State) -> None:
+    """Raise UserError for weights that are not floats, and a map that is not of whole numbers."""
+    for name, tensor in state.items():
+        whole = not tensor.is_floating_point()
+        if whole != (name in ("d2t", "t2d")):
+            raise UserError(
+                f"{folder}: {name} is of {tensor.dtype}, which no weight of a head has (quantised "
+                "heads are not read)"
+                if whole
+                else f"{folder}: {name} is of {tensor.dtype}, but holds whole numbers"
+            )
+
+
 def _refuse_missing(folder: Path, found: str, kind: str, config: Fields, state: State) -> None:
     """Raise UserError for tensors that the layout's own reader would make up at random."""
     missing = {
@@ -203,7 +241,7 @@ def _read_vocabulary(
 ) -> Tensor | None:
     """Target ids `[Vd]` of a reduced draft vocabulary, with d2t and t2d put right in `state`."""
     if kind == "eagle1" and (folder / TOKEN_MAP).is_file():
-        hot = torch.as_tensor(read_pickled(folder / TOKEN_MAP)).long()
+        hot = _token_map(folder / TOKEN_MAP)
         state["d2t"] = hot - torch.arange(len(hot))
     ids, given = draft_ids(state), config.get("draft_vocab_size")
     if ids is None:
@@ -229,6 +267,18 @@ def _read_vocabulary(
         return None
     state["d2t"], state["t2d"] = state["d2t"].long(), marked
     return ids
+
+
+def _token_map(path: Path) -> Tensor:
+    """Target ids `[Vd]` of EAGLE-1's map; UserError if the file holds something else."""
+    found = read_pickled(path)
+    try:
+        ids = torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} holds no list of token ids: {first_line(error)}") from error
+    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise UserError(f"{path} holds no list of token ids, but {ids.dtype} of {ids.dim()} axes")
+    return ids.long()
 
 
 def _own_output(folder: Path, kind: str, state: State, ids: Tensor | None, target: Target) -> bool:

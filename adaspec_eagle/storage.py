@@ -102,9 +102,12 @@ def write_head(
 ) -> None:
     """Write config.json and model.safetensors and, if given, README.md, train.json and TOKEN_MAP.
 
-    All or nothing. A head that the folder held is replaced; other files in it stay.
+    All or nothing. A head that the folder held is replaced; other files in it stay. UserError for
+    the current folder, which cannot be replaced under the program's feet.
     """
     folder = Path(os.path.realpath(folder))  # of a link, the folder that it leads to
+    if folder == Path.cwd():
+        raise UserError(f"a head cannot be written to the current folder {folder}: name another")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
         made = Path(scratch) / "head"

@@ -11,10 +11,12 @@ importing them: eval/speedup.py --head FOLDER-OR-ID.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from adaspec_eagle.errors import UserError, command_line, run_main
-from adaspec_eagle.export import export_head, import_head
+from adaspec_eagle.export import check_free, export_head, import_head
 from adaspec_eagle.formats import FORMATS
 from adaspec_eagle.storage import check_push, push_folder
 
@@ -33,12 +35,16 @@ def parser() -> argparse.ArgumentParser:
     add("--target-licence", metavar="TEXT", help="for the card; default: the target's own card's")
     add("--result", type=Path, metavar="FILE", help="result.json of eval/speedup.py, for the card")
     add("--push", metavar="REPO", help="upload the export to the hub as OWNER/NAME")
-    add("--dry-run", action="store_true", help="with --push: say what would be uploaded")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="with --push: say what would be uploaded, keep nothing",
+    )
     return made
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Export or import; the last line of stdout names the folder."""
+    """Export or import; the last line of stdout names the folder, if one was made."""
     args = parser().parse_args(argv)
     if args.dry_run and not args.push:
         raise UserError("--dry-run says what --push REPO would upload: give that, too")
@@ -52,14 +58,24 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.push:
         check_push(args.push, log_in=not args.dry_run)
-    out = export_head(
-        args.head, args.to, args.out, args.target, args.target_licence, args.result, args.push
-    )
-    if args.push and args.dry_run:
-        sizes = [f"{p.name} ({p.stat().st_size:,} bytes)" for p in sorted(out.iterdir())]
+    export = partial(
+        export_head, args.head, args.to, target=args.target, licence=args.target_licence,
+        result=args.result, where=args.push,
+    )  # fmt: skip
+    if args.dry_run:
+        check_free(args.out)
+        with TemporaryDirectory() as folder:
+            made = sorted(export(out=Path(folder) / "head").iterdir())
+            sizes = [f"{p.name} ({p.stat().st_size:,} bytes)" for p in made]
         print(f"would upload to {args.push}: {', '.join(sizes)}")
-    elif args.push:
-        print(f"uploaded: {push_folder(out, args.push)}")
+        return 0
+    out = export(out=args.out)
+    if args.push:
+        try:
+            print(f"uploaded: {push_folder(out, args.push)}")
+        except UserError as error:
+            again = f"hf upload {args.push} {out}"
+            raise UserError(f"{error}; the export is whole, in {out}: `{again}`") from error
     print(f"head: {out}")
     return 0
 

@@ -14,8 +14,8 @@ from adaspec_eagle import DraftHead, Target, load_head
 from adaspec_eagle.bench import find_head
 from adaspec_eagle.card import model_card, target_licence
 from adaspec_eagle.errors import UserError, run_main
-from adaspec_eagle.export import import_head, read_result
-from adaspec_eagle.formats import FORMATS
+from adaspec_eagle.export import export_head, import_head, read_result
+from adaspec_eagle.formats import FORMATS, OURS
 from adaspec_eagle.head import read_config
 from adaspec_eagle.record import sha256
 from tests.tiny import tiny_head, tiny_model, tiny_target, tiny_tokenizer
@@ -267,7 +267,54 @@ def test_a_dry_run_asks_nothing_of_the_hub(here, tmp_path, hub, capsys):
     said = capsys.readouterr().out
     assert "would upload to me/mine: README.md" in said
     assert "model.safetensors" in said
+    assert list(tmp_path.iterdir()) == [], "so that the push itself may follow"
+    assert export(*options, "--push", "me/mine") == 0
     assert "me/mine" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_push_that_fails_says_how_to_go_on(here, tmp_path, hub, monkeypatch, capsys):
+    def gone(*args, **kwargs):
+        raise OSError("the line is dead")
+
+    monkeypatch.setattr("adaspec_eagle.storage.HfApi.upload_folder", gone)
+    options = ["--to", "vllm", "--out", str(tmp_path / "out"), "--target-licence", "MIT"]
+    assert export(*options, "--push", "me/mine") == 2
+    assert f"the line is dead; the export is whole, in {tmp_path / 'out'}: `hf upload me/mine" in (
+        capsys.readouterr().err
+    )
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_current_folder_is_not_written_over(here, tmp_path, monkeypatch, capsys):
+    """It would be gone from under the user's shell."""
+    head = load_head(here / "head")
+    monkeypatch.chdir(tmp_path)
+    options = ["--head", str(here / "head"), "--to", "vllm", "--out", "."]
+    assert run_main(script("export_head"), options) == 2
+    assert "current folder" in capsys.readouterr().err
+    with pytest.raises(UserError, match="current folder"):
+        head.save(".")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_in_float16_goes_both_ways_and_loads_in_every_dtype(tmp_path):
+    """Its target, whose weights are in bfloat16, was loaded in float16, which loses the smallest:
+    what came out fitted no other dtype."""
+    model = tiny_model("llama", torch.bfloat16, num_hidden_layers=8)
+    model.lm_head.weight.data[:, 0] = 1e-9  # below float16's smallest
+    model.save_pretrained(tmp_path / "target")
+    tiny_tokenizer().save_pretrained(tmp_path / "target")
+    target = Target.load(tmp_path / "target", dtype="bfloat16")
+    assert target.fingerprint != Target.load(tmp_path / "target", dtype="float16").fingerprint
+    tiny_head(target).to(torch.float16).save(tmp_path / "head")
+    out = tmp_path / "out"
+    export_head(tmp_path / "head", "vllm", out, licence="MIT")
+    config = json.loads((out / "config.json").read_text())
+    del config[OURS]  # as others publish theirs
+    (out / "config.json").write_text(json.dumps(config))
+    import_head(out, "vllm", tmp_path / "back", target.name)
+    for dtype in ("bfloat16", "float32", "float64"):
+        assert load_head(tmp_path / "back", Target.load(target.name, dtype=dtype)).bound_to
 
 
 def test_a_push_uploads_the_export(here, tmp_path, hub, capsys):

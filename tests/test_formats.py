@@ -473,6 +473,10 @@ def test_trap_the_token_map_of_eagle1_holds_ids(tmp_path, targets):
     ids = torch.load(folder / "hot_token_id.pt", weights_only=True)
     assert torch.equal(ids, head.draft_ids)
     assert json.loads((folder / "config.json").read_text())["hot_vocab_size"] == VD
+    for other in ({"ids": ids}, ids.float(), ids[None]):
+        torch.save(other, folder / "hot_token_id.pt")
+        with pytest.raises(UserError, match="hot_token_id.pt holds no list of token ids"):
+            load_head(folder, targets["untied"])
     (folder / "hot_token_id.pt").unlink()
     with pytest.raises(UserError, match="hot_token_id"):
         load_head(folder, targets["untied"])
@@ -556,6 +560,15 @@ def vllm_folder(tmp_path, targets):
         ({}, {"architectures": ["BertModel"]}, r"Looked for .*Found: .*BertModel"),
         ({"fc.weight": None}, {}, r"Looked for .*Found: .*layers.0"),
         ({}, {"speculators_model_type": "mtp"}, r"Looked for .*Found: .*mtp"),
+        ({}, {"eagle_config": 3}, "eagle_config must be an object, not 3"),
+        ({}, {"speculators_config": "x"}, "speculators_config must be an object, not 'x'"),
+        ({}, {"speculators_config": {"verifier": [1]}}, r"config.verifier must be an object"),
+        ({}, {"adaspec_eagle": ["x"]}, "adaspec_eagle must be an object"),
+        ({}, {"eagle_aux_hidden_state_layer_ids": "2,4"}, "must be a list of int, not '2,4'"),
+        ({}, {"eagle_config": {"eagle_aux_hidden_state_layer_ids": ["2"]}}, "a list of int"),
+        ({}, {"architectures": [None]}, r"architectures must be a list of str, not \[None\]"),
+        ({"d2t": torch.zeros(VD)}, {}, "d2t is of torch.float32, but holds whole numbers"),
+        ({"lm_head.weight": torch.ones(VD, 32, dtype=torch.int8)}, {}, "quantised"),
     ],
 )
 def test_damaged_or_unknown_heads_are_refused(vllm_folder, targets, tensors, entries, words):
