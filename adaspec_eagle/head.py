@@ -24,7 +24,7 @@ from adaspec_eagle.attention import GROUPED, Unrolled, register
 from adaspec_eagle.card import model_card, publishable, target_licence
 from adaspec_eagle.errors import UserError
 from adaspec_eagle.packed import Projection
-from adaspec_eagle.plugins import module_of
+from adaspec_eagle.plugins import check_code, module_of, remember_code
 from adaspec_eagle.published import from_layout, is_ours
 from adaspec_eagle.storage import (
     check_push,
@@ -412,7 +412,19 @@ def built_in_heads() -> list[str]:
 
 def head_class(name: str) -> type[DraftHead]:
     """The class `Head` of heads/NAME.py (also as NAME:..., which it reads), of a dotted module, or
-    of a file path.py."""
+    of a file path.py. The name is the user's: saved heads with this code load from now on."""
+    found = _class_of(name)
+    if not _is_built_in(name):
+        remember_code(name)
+    return found
+
+
+def _is_built_in(name: str) -> bool:
+    file = name.partition(":")[0]
+    return not name.endswith(".py") and ("." not in file or file.startswith("adaspec_eagle."))
+
+
+def _class_of(name: str) -> type[DraftHead]:
     try:
         if name.endswith(".py"):
             module = module_of(name)
@@ -434,7 +446,7 @@ def new_head(config: HeadConfig, seed: int = 0) -> DraftHead:
     """A head with freshly drawn weights, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return head_class(config.head)(config)
+        return _class_of(config.head)(config)
 
 
 def check_target(config: HeadConfig, target: Target, allow_other: bool = False) -> None:
@@ -496,8 +508,11 @@ def check_head(head: object) -> DraftHead:
 
 
 def build_head(config: HeadConfig, state: dict[str, Tensor], path: Path) -> DraftHead:
-    """A head in evaluation mode with these weights; UserError names `path` if they do not fit."""
-    head = head_class(config.head)(config)
+    """A head in evaluation mode with these weights; UserError names `path` if they do not fit, or
+    if the config names code that the user has not named (plugins.py)."""
+    if not _is_built_in(config.head):
+        check_code(config.head, path.parent)
+    head = _class_of(config.head)(config)
     wanted = {name: tuple(t.shape) for name, t in head.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in state.items()}
     if wanted != found:

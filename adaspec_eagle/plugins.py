@@ -1,13 +1,64 @@
-"""Code of a user's own: a module from a file, a function from `path.py:name`."""
+"""Code of a user's own: a module from a file, a function from `path.py:name`.
+
+A head's config names its class, and heads are passed around. So code that only a config names is
+run where this user has named it before, on any command line (a list in the user's cache), or where
+the environment says so (ALLOW).
+"""
 
 import hashlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 from adaspec_eagle.errors import UserError
+from adaspec_eagle.paths import default_cache_dir
+
+ALLOW = "ADASPEC_ALLOW_CODE"  # 1: whatever a head's config names is run
+_named: set[str] = set()  # by this process
+
+
+def remember_code(name: str) -> None:
+    """Note that the user named this file or module: heads whose config names it load from now on.
+
+    Where the cache cannot be written, for this process only.
+    """
+    place = _place(name)
+    if place not in _known_code():
+        _named.add(place)
+        try:
+            _list().parent.mkdir(parents=True, exist_ok=True)
+            with _list().open("a") as file:
+                file.write(f"{place}\n")
+        except OSError:
+            pass
+
+
+def check_code(name: str, where: Path) -> None:
+    """Raise UserError for a file or module named by a head's config (in `where`) alone."""
+    place = _place(name)
+    if place not in _known_code() and os.environ.get(ALLOW) != "1":
+        raise UserError(
+            f"{where}: the head's config names the code {place}, which loading it would run. "
+            f"Read it, and where you trust it, set {ALLOW}=1"
+        )
+
+
+def _place(name: str) -> str:
+    return str(Path(name).expanduser().resolve()) if name.endswith(".py") else name
+
+
+def _list() -> Path:
+    return default_cache_dir() / "code.txt"
+
+
+def _known_code() -> set[str]:
+    try:
+        return _named | set(_list().read_text().splitlines())
+    except OSError:
+        return _named
 
 
 def module_of(file: str) -> ModuleType:

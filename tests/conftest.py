@@ -43,10 +43,12 @@ def _all_threads(request: pytest.FixtureRequest, _few_threads: None):
 
 
 @pytest.fixture(autouse=True)
-def _own_costs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
-    """What trees cost on this machine is measured for the tests, not kept in the user's cache."""
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """What trees cost on this machine is measured for the tests, not kept in the user's cache; nor
+    is which code they named."""
     folder = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setattr("adaspec_eagle.auto.default_cache_dir", lambda: folder)
+    for module in ("auto", "plugins"):
+        monkeypatch.setattr(f"adaspec_eagle.{module}.default_cache_dir", lambda: folder)
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,7 @@ def followed(tmp_path_factory):
             (folder / name).write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setenv("ADASPEC_CACHE", str(folder / "cache"))
         commands = [line for _, name, text in blocks if not name for line in text.splitlines()]
         for number, command in enumerate(commands):
             python, path, *words = shlex.split(command)

@@ -1,12 +1,16 @@
 """A head's folder: what saving one there leaves as it was."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from jinja2 import TemplateError
 from tiny import tiny_head, tiny_target
 
-from adaspec_eagle import load_head, targets
+from adaspec_eagle import load_head, plugins, targets
 from adaspec_eagle.errors import UserError
+from adaspec_eagle.head import head_class
 from adaspec_eagle.targets import AutoModelForCausalLM, AutoTokenizer, Target
 
 
@@ -75,3 +79,29 @@ def test_a_conversation_that_the_template_refuses_is_an_error_in_words():
     target.tokenizer = Tokenizer()
     with pytest.raises(UserError, match="System role not supported"):
         target.chat_ids([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+
+
+def test_code_that_only_a_heads_config_names_is_not_run(tmp_path, monkeypatch):
+    """A relative name took whatever file of that name lay in the current folder."""
+    target = tiny_target()
+    tiny_head(target).save(tmp_path / "head")
+    config = tmp_path / "head" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"head": "mine.py"}))
+    own = (Path(__file__).parents[1] / "heads" / "eagle3.py").read_text()
+    (tmp_path / "mine.py").write_text(f"open('ran', 'w').close()\n{own}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plugins, "default_cache_dir", lambda: tmp_path / "cache")
+    with pytest.raises(UserError, match=r"mine.py, which loading it would run.*ADASPEC_ALLOW_CODE"):
+        load_head("head", target)
+    assert not (tmp_path / "ran").exists()
+    with monkeypatch.context() as patch:
+        patch.setenv("ADASPEC_ALLOW_CODE", "1")
+        assert load_head("head", target).bound_to
+    with pytest.raises(UserError, match="would run"):  # once allowed is not for ever
+        load_head("head", target)
+    head_class("mine.py")  # as train_head.py --head mine.py has it
+    plugins._named.clear()  # another process
+    assert load_head("head", target).bound_to
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"head": "antigravity.more"}))
+    with pytest.raises(UserError, match="code antigravity.more"):
+        load_head("head", target)
