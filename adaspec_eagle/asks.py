@@ -73,7 +73,10 @@ def tokenise(
         if settings.exclude is not None and messages in settings.exclude:
             dropped[IN_MEASURING_FILE] += 1
             continue
-        ids = target.chat_ids(messages)
+        try:
+            ids = target.chat_ids(messages)
+        except UserError as error:
+            raise UserError(f"{prompt.get('where', prompt['id'])}: {error}") from error
         if len(ids) <= limit:
             asks.append(Ask(prompt, ids))
         else:

@@ -87,6 +87,13 @@ class Target:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.context: int = getattr(self.config, "max_position_embeddings", None) or 2048
         self.fingerprint = fingerprint(model)
+        for what, rows in (("input", self.embedding), ("output", self.output_rows)):
+            if rows.shape[1] != self.hidden_size:
+                raise UserError(
+                    f"target {name!r} ({self.config.model_type}) has {what} embeddings of "
+                    f"{rows.shape[1]}, not of the hidden size {self.hidden_size}: a projection "
+                    "lies between, which heads do not have; use another target"
+                )
         self.compiled: dict = {}  # what compiled.py made of it
         self.eos_token_ids = _eos_token_ids(model)
         pad = model.generation_config.pad_token_id
@@ -449,6 +456,8 @@ def _probe(target: Target) -> None:
     def branch(ancestors: Tensor) -> Tensor:
         cache = target.new_cache()
         target.forward(ids[:, :1], steps[:, :1], cache=cache, logits=False)
+        if cache.buffer is None:
+            raise ValueError("it ignores past_key_values")
         cache.commit_prefix(torch.ones(1, dtype=torch.long, device=target.device))
         seen = ancestors.bool().to(target.device)[None]
         mask = tree_mask(cache.lengths, cache.start, seen, target.dtype)

@@ -235,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker:
         work(args)
         return 0
+    if args.steps * args.turns < 2:
+        raise UserError("--steps 1 --turns 1 is one step, which shows no spread: raise one of them")
     given = list(sys.argv[1:] if argv is None else argv)
     arms = [
         Arm(name, [sys.executable, __file__, *given, "--worker", name])  # one by one: each loads

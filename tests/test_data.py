@@ -476,6 +476,8 @@ def test_measuring_prompts_answered_before_are_not_passed_over(tmp_path, run):
 def test_text_with_half_a_character_is_refused():
     with pytest.raises(UserError, match=r"no Unicode.*'a\\udcff'"):
         tiny_target().chat_ids(user("a\udcff"))
+    with pytest.raises(UserError, match=r"^p:1: .*no Unicode"):  # which of a thousand
+        tokenise(tiny_target(), [prompt(0), prompt(1, "a\udcff")], SETTINGS, Counter())
 
 
 def test_running_out_of_memory_names_a_smaller_batch(tmp_path, monkeypatch):

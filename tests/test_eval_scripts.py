@@ -550,6 +550,11 @@ def test_training_arms_take_turns_and_count_useful_work(here, capfd):
     assert found["useful_flop_per_token"] == 3 * (6 * layers + 4 * 40 * 32) + 4 * 96 * 32 + 2 * 1280
 
 
+def test_one_step_is_refused_before_any_work():
+    with pytest.raises(UserError, match="one step, which shows no spread"):
+        script("bench_training").main(["--steps", "1", "--turns", "1", "--target", "nowhere"])
+
+
 # ---- bench_forwards.py, bench_rounds.py ----------------------------------------------------------
 
 

@@ -477,6 +477,24 @@ def test_a_target_of_more_than_a_linear_output_layer_is_refused():
         Target.wrap(model)
 
 
+def test_a_target_with_embeddings_of_another_size_is_refused():
+    """OPT-350m was taken, and failed when a head was made."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1}
+    more = {"num_attention_heads": 2, "word_embed_proj_dim": 8, "do_layer_norm_before": False}
+    with pytest.raises(UserError, match="input embeddings of 8, not of the hidden size 16"):
+        Target.wrap(OPTForCausalLM(OPTConfig(**sizes, **more)))
+
+
+def test_a_target_that_keeps_no_cache_is_refused():
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=50, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(UserError, match="ignores past_key_values.*trees need"):
+        Target.wrap(model)
+
+
 def test_a_target_that_gives_no_numbers_is_refused():
     model = tiny_model()
     model.model.norm.weight.data.fill_(torch.nan)
