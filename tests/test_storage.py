@@ -105,3 +105,26 @@ def test_code_that_only_a_heads_config_names_is_not_run(tmp_path, monkeypatch):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"head": "antigravity.more"}))
     with pytest.raises(UserError, match="code antigravity.more"):
         load_head("head", target)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("head", None),
+        ("draft_vocab_size", "many"),
+        ("num_attention_heads", 0),
+        ("head_dim", 2.5),
+        ("rope_theta", "1e4"),
+        ("feature_layers", "2,4"),
+        ("feature_layers", [2, None]),
+        ("attention_bias", 1),
+        ("rope_scaling", [1]),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_named(tmp_path, field, value):
+    target = tiny_target()
+    tiny_head(target).save(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=f"config.json: {field} must be "):
+        load_head(tmp_path, target)
