@@ -9,11 +9,13 @@ on from the last checkpoint.
 """
 
 import argparse
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 from adaspec_eagle.errors import command_line, run_main
+from adaspec_eagle.head import read_config
 from adaspec_eagle.losses import LOSSES
 from adaspec_eagle.selection import SELECTIONS
 from adaspec_eagle.targets import ALIASES
@@ -89,8 +91,10 @@ def main(argv: list[str] | None = None) -> int:
         name = Path(config.target).name
         out = Path("runs") / f"{name}-{Path(config.head).stem.replace(':', '-')}-{config.method}"
     folder = run_training(config, out, resume)
-    target = "" if config.target == TrainConfig.target else f" --target {config.target}"
-    print(f"head: {folder}\nmeasure it: python eval/speedup.py --tree{target} --head {folder}")
+    trained = read_config(folder).target  # a run that is resumed names it, and no option does
+    words = [] if trained == TrainConfig.target else ["--target", trained]
+    words = shlex.join([*words, "--head", str(folder)])
+    print(f"head: {folder}\nmeasure it: python eval/speedup.py --tree {words}")
     return 0
 
 

@@ -60,6 +60,13 @@ def run(folder):
     return folder / "run"
 
 
+def test_a_resumed_run_says_how_to_measure_it(run, folder, capsys):
+    """The target was left out, as if it were the default one."""
+    assert train_head.main(["--out", str(run), "--resume"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"--tree --target {folder / 'target'} --head {run / 'head'}" in last
+
+
 @pytest.mark.parametrize(("epochs", "evaluations"), [(2, 2), (1.5, 1), (1.3, 3)])
 def test_a_stage_is_evaluated_as_often_as_asked_and_at_its_end(
     folder, tmp_path, epochs, evaluations
