@@ -67,7 +67,10 @@ def total_variation(
 def negative_log_acceptance(
     draft_logits: Tensor, target_logits: Tensor, *, target_lse: Given = None, labels: Given = None
 ) -> Tensor:
-    """-log sum_v min(p_v, q_v): total variation whose gradient grows where little is accepted."""
+    """-log sum_v min(p_v, q_v): total variation whose gradient grows where little is accepted.
+
+    LK-alpha of the LK losses (arXiv 2602.23881).
+    """
     shared = overlap(draft_logits, target_logits, target_lse=target_lse)
     return -shared.clamp(min=torch.finfo(shared.dtype).tiny).log()
 
@@ -81,7 +84,7 @@ def lk_hybrid(
     """lambda KL(p || q) + (1 - lambda) TV, lambda = exp(-3 alpha), alpha the token's overlap.
 
     lambda is a constant for the gradient: far from the target KL leads, close to it what is
-    accepted (the hybrid of the LK losses).
+    accepted (LK-lambda of the LK losses, arXiv 2602.23881).
     """
     rejected = total_variation(draft_logits, target_logits, target_lse=target_lse)
     weight = (-LK_SHARPNESS * (1 - rejected.detach())).exp()
