@@ -8,10 +8,10 @@ import pkgutil
 import tempfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import torch
+from huggingface_hub.dataclasses import type_validator
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache, LlamaConfig, PreTrainedConfig
@@ -480,22 +480,13 @@ def read_config(folder: str | Path) -> HeadConfig:
         raise UserError(f"{path} is not a config of this package: {error}") from error
     for name, kind in get_type_hints(HeadConfig).items():
         value = getattr(config, name)
-        if not _is_of(kind, value) or kind is int and value < 1:
-            wanted = "int, at least 1" if kind is int else getattr(kind, "__name__", kind)
-            raise UserError(f"{path}: {name} must be {wanted}, not {value!r}")
+        try:
+            type_validator(name, value, int | float if kind is float else kind)
+        except TypeError as error:
+            raise UserError(f"{path}: {error}") from error
+        if kind is int and value < 1:
+            raise UserError(f"{path}: Field '{name}' must be at least 1, not {value}")
     return config
-
-
-def _is_of(kind: Any, value: object) -> bool:
-    """Whether a value from JSON is of an annotation's type; whole numbers are floats, too."""
-    parts = get_args(kind)
-    if get_origin(kind) is UnionType:
-        return any(_is_of(part, value) for part in parts)
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is_of(parts[0], item) for item in value)
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return isinstance(value, get_origin(kind) or kind)
 
 
 def load_head(
